@@ -1,0 +1,26 @@
+//! The local API of `ft-log`: how the processes of one VM on one host work together without system calls on the hot path.
+//!
+//! ```text
+//!  shim, devices ──ring──► ft-log        [log]     append an entry: claim an LSN, encode in place
+//!  ft-log ────────ring──► shim           [ring]    entries to replay
+//!  everybody ────region── everybody      [region]  role, generation, next LSN, commit watermark, the shim's wake word
+//!  shim ──────────gate─── device         [gate]    kick and delivery, at a stop point, with the vCPU stopped
+//!  joining: one unix socket, one JSON line each way, descriptors along with it   [handshake]
+//! ```
+//!
+//! The processes of a VM on a host are one failure unit: each keeps its socket to `ft-log` open, and its end is the end of
+//! that replica.
+
+pub mod crash;
+pub mod events;
+pub mod futex;
+pub mod gate;
+pub mod handshake;
+pub mod log;
+pub mod region;
+pub mod ring;
+pub mod shm;
+
+pub use gate::{DeviceGate, ShimGate};
+pub use log::LogWriter;
+pub use region::Region;

@@ -1,0 +1,117 @@
+//! Appending to the log: claim an LSN, encode in place, publish.
+
+use std::{sync::Arc, time::Duration};
+
+use ft_protocol::{
+    entry::{Body, Entry},
+    ids::{DeviceId, Lsn},
+    replica::Role,
+};
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{region::Region, ring::Producer};
+
+/// The replica is over; whoever sees this must end.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("the replica ended ({role:?}): ft-log's log says why")]
+pub struct Ended {
+    /// How it ended.
+    pub role: Role,
+}
+
+/// How long a producer sleeps on a full log before it looks whether the replica still runs.
+const ALIVE_CHECK: Duration = Duration::from_millis(100);
+
+/// One process's way into the log of its VM.
+#[derive(Debug)]
+pub struct LogWriter {
+    ring: Producer,
+    doorbell: EventFd,
+    region: Arc<Region>,
+}
+
+impl LogWriter {
+    /// A writer on `ring`, whose consumer listens to `doorbell`.
+    #[must_use]
+    pub fn new(ring: Producer, doorbell: EventFd, region: Arc<Region>) -> Self {
+        Self { ring, doorbell, region }
+    }
+
+    /// Appends an entry in the current generation and gives its LSN. A full log stops the caller: that is the log's flow control.
+    ///
+    /// # Errors
+    /// [`Ended`] when the replica halted while the caller waited.
+    pub fn append(&mut self, device: DeviceId, queue: u16, body: &Body<'_>) -> Result<Lsn, Ended> {
+        let length = body.frame_bytes();
+        while !self.ring.fits(length) {
+            let role = self.region.role();
+            if role == Role::Halted {
+                return Err(Ended { role });
+            }
+            self.ring.wait_for_space(length, ALIVE_CHECK);
+        }
+        // Room first, claim second: a claimed LSN that is not published would stop everybody's entries behind it.
+        let lsn = self.region.claim_lsn();
+        let entry = Entry {
+            lsn,
+            generation: self.region.generation(),
+            device,
+            queue,
+            body: *body,
+        };
+        let wanted = self.ring.push(length, |out| {
+            entry.encode(out);
+        });
+        if wanted {
+            self.ring_doorbell();
+        }
+        Ok(lsn)
+    }
+
+    /// Makes `ft-log` look at the region and the rings.
+    pub fn ring_doorbell(&self) {
+        // A doorbell that cannot be rung is full, and thus rung.
+        let _ = self.doorbell.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ft_protocol::entry::Stop;
+
+    use super::*;
+    use crate::ring::{self, Consumer};
+
+    #[test]
+    fn entries_of_two_writers_are_one_dense_order() {
+        let region = Arc::new(Region::create().unwrap());
+        let mut consumers = Vec::new();
+        let writers: Vec<_> = (0..2u8)
+            .map(|device| {
+                let memory = ring::create("test").unwrap();
+                consumers.push(Consumer::new(memory.fd().try_clone_to_owned().unwrap()).unwrap());
+                let writer = LogWriter::new(Producer::on(memory), EventFd::new(0).unwrap(), Arc::clone(&region));
+                (device, writer)
+            })
+            .map(|(device, mut writer)| {
+                std::thread::spawn(move || {
+                    for _ in 0..1000 {
+                        writer
+                            .append(DeviceId(device), 0, &Body::Kick(Stop::default()))
+                            .unwrap();
+                    }
+                })
+            })
+            .collect();
+        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        let mut bytes = Vec::new();
+        for lsn in 1..=2000 {
+            let ready = |consumer: &mut Consumer| consumer.peek_lsn().unwrap() == Some(lsn);
+            let from = consumers.iter_mut().position(ready).expect("dense");
+            bytes.clear();
+            consumers[from].pop(&mut bytes).unwrap();
+            assert_eq!(Entry::decode(&bytes).unwrap().lsn, Lsn(lsn));
+        }
+    }
+}

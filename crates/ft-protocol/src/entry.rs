@@ -1,0 +1,365 @@
+//! Log entries: the nondeterministic events of a primary, and the markers of its outputs.
+//!
+//! An entry that the shim wrote carries the [`Stop`] it was written at, so that a replay knows where it applies and whether it
+//! is still the same execution.
+
+use crate::{
+    frame::{self, BodyReader, BodyWriter, FrameError, Header},
+    ids::{DeviceId, Generation, Lsn},
+    limits::{HEADER_BYTES, PAYLOAD_BYTES_MAX},
+};
+
+/// Where in the guest's execution an entry applies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// VM exits to userspace since power-on, the current one included.
+    pub exits: u64,
+    /// Progress since that exit; 0 at a natural stop point.
+    pub offset: u32,
+    /// Instruction pointer, as a check.
+    pub rip: u64,
+    /// RCX, as a check of the iteration inside a `rep` string instruction.
+    pub rcx: u64,
+}
+
+/// A stop point and the digest of everything the guest did up to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stop {
+    /// The position.
+    pub position: Position,
+    /// Rolling digest of exits, registers and outputs.
+    pub digest: u64,
+}
+
+const STOP_BYTES: usize = 36;
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Body<'a> {
+    /// Power-on. The first entry of a generation that boots.
+    Boot {
+        /// Digest of everything both sides must start from (kernel, command line, memory size, CPUID, devices).
+        fingerprint: [u8; 32],
+        /// Wall clock at virtual time 0, ns since 1970.
+        wall_ns: u64,
+    },
+    /// The guest notified a queue; marks the outputs the device drains here.
+    Kick(Stop),
+    /// Data from outside, in the bounce buffer of a device. Guest memory does not change yet.
+    Input {
+        /// Number of this input among those of its device, from 1.
+        sequence: u64,
+        /// What the device's guest side consumes.
+        payload: &'a [u8],
+    },
+    /// Inputs of a device reach guest memory here.
+    Deliver {
+        /// Where.
+        stop: Stop,
+        /// All inputs up to this sequence number, in order.
+        through: u64,
+    },
+    /// The guest's virtual time moves here: it was read, or its alarm is due.
+    Time {
+        /// Where.
+        stop: Stop,
+        /// Virtual time, ns since power-on.
+        now_ns: u64,
+    },
+    /// Console bytes leave; marks them as output.
+    Console {
+        /// Where.
+        stop: Stop,
+        /// How many bytes since the last marker.
+        bytes: u32,
+    },
+    /// Nothing happened: lets a backup follow and compare digests.
+    Sync(Stop),
+    /// The guest powered off, or reset itself. The last entry.
+    PowerOff {
+        /// Where.
+        stop: Stop,
+        /// A reset, not a power-off.
+        reset: bool,
+    },
+}
+
+const KIND_BOOT: u8 = 1;
+const KIND_KICK: u8 = 2;
+const KIND_INPUT: u8 = 3;
+const KIND_DELIVER: u8 = 4;
+const KIND_TIME: u8 = 5;
+const KIND_CONSOLE: u8 = 6;
+const KIND_SYNC: u8 = 7;
+/// Kind byte of [`Body::PowerOff`]: `ft-log` looks for it, since an orderly end is not a failure.
+pub const KIND_POWER_OFF: u8 = 8;
+
+/// A decoded entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry<'a> {
+    /// Its place in the order.
+    pub lsn: Lsn,
+    /// The generation that wrote it.
+    pub generation: Generation,
+    /// The device it is about.
+    pub device: DeviceId,
+    /// The queue of that device.
+    pub queue: u16,
+    /// What happened.
+    pub body: Body<'a>,
+}
+
+impl Body<'_> {
+    fn kind(&self) -> u8 {
+        match self {
+            Self::Boot { .. } => KIND_BOOT,
+            Self::Kick(_) => KIND_KICK,
+            Self::Input { .. } => KIND_INPUT,
+            Self::Deliver { .. } => KIND_DELIVER,
+            Self::Time { .. } => KIND_TIME,
+            Self::Console { .. } => KIND_CONSOLE,
+            Self::Sync(_) => KIND_SYNC,
+            Self::PowerOff { .. } => KIND_POWER_OFF,
+        }
+    }
+
+    /// Name of the kind of entry, for people.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Boot { .. } => "boot",
+            Self::Kick(_) => "kick",
+            Self::Input { .. } => "input",
+            Self::Deliver { .. } => "deliver",
+            Self::Time { .. } => "time",
+            Self::Console { .. } => "console",
+            Self::Sync(_) => "sync",
+            Self::PowerOff { .. } => "power-off",
+        }
+    }
+
+    fn body_bytes(&self) -> usize {
+        match self {
+            Self::Boot { .. } => 40,
+            Self::Kick(_) | Self::Sync(_) => STOP_BYTES,
+            Self::Input { payload, .. } => 8 + payload.len(),
+            Self::Deliver { .. } | Self::Time { .. } => STOP_BYTES + 8,
+            Self::Console { .. } => STOP_BYTES + 4,
+            Self::PowerOff { .. } => STOP_BYTES + 1,
+        }
+    }
+
+    /// Bytes of the whole frame of an entry with this body.
+    #[must_use]
+    pub fn frame_bytes(&self) -> usize {
+        HEADER_BYTES + self.body_bytes()
+    }
+
+    /// Where the entry applies; `None` for those that apply wherever the next one does.
+    #[must_use]
+    pub fn stop(&self) -> Option<Stop> {
+        match *self {
+            Self::Boot { .. } | Self::Input { .. } => None,
+            Self::Kick(stop)
+            | Self::Sync(stop)
+            | Self::Deliver { stop, .. }
+            | Self::Time { stop, .. }
+            | Self::Console { stop, .. }
+            | Self::PowerOff { stop, .. } => Some(stop),
+        }
+    }
+}
+
+fn put_stop(out: &mut BodyWriter<'_>, stop: &Stop) {
+    out.u64(stop.position.exits);
+    out.u64(stop.position.rip);
+    out.u64(stop.position.rcx);
+    out.u32(stop.position.offset);
+    out.u64(stop.digest);
+}
+
+fn take_stop(body: &mut BodyReader<'_>) -> Option<Stop> {
+    let (exits, rip, rcx) = (body.u64()?, body.u64()?, body.u64()?);
+    let (offset, digest) = (body.u32()?, body.u64()?);
+    Some(Stop {
+        position: Position {
+            exits,
+            offset,
+            rip,
+            rcx,
+        },
+        digest,
+    })
+}
+
+impl<'a> Entry<'a> {
+    /// Writes the entry's frame to the start of `out` and gives its length.
+    ///
+    /// # Panics
+    /// If `out` is shorter than [`Body::frame_bytes`] or a payload exceeds [`PAYLOAD_BYTES_MAX`].
+    pub fn encode(&self, out: &mut [u8]) -> usize {
+        let header = Header {
+            lsn: self.lsn,
+            generation: self.generation,
+            kind: self.body.kind(),
+            device: self.device,
+            queue: self.queue,
+        };
+        frame::write(out, &header, self.body.body_bytes(), |body| {
+            let mut out = BodyWriter::new(body);
+            match &self.body {
+                Body::Boot { fingerprint, wall_ns } => {
+                    out.bytes(fingerprint);
+                    out.u64(*wall_ns);
+                }
+                Body::Kick(stop) | Body::Sync(stop) => put_stop(&mut out, stop),
+                Body::Input { sequence, payload } => {
+                    assert!(payload.len() <= PAYLOAD_BYTES_MAX, "payload of {} bytes", payload.len());
+                    out.u64(*sequence);
+                    out.bytes(payload);
+                }
+                Body::Deliver { stop, through } => {
+                    put_stop(&mut out, stop);
+                    out.u64(*through);
+                }
+                Body::Time { stop, now_ns } => {
+                    put_stop(&mut out, stop);
+                    out.u64(*now_ns);
+                }
+                Body::Console { stop, bytes } => {
+                    put_stop(&mut out, stop);
+                    out.u32(*bytes);
+                }
+                Body::PowerOff { stop, reset } => {
+                    put_stop(&mut out, stop);
+                    out.u8(u8::from(*reset));
+                }
+            }
+        })
+    }
+
+    /// Reads the entry in exactly one frame.
+    ///
+    /// # Errors
+    /// [`FrameError`] for a frame that is damaged, malformed, or not a log entry.
+    pub fn decode(bytes: &'a [u8]) -> Result<Self, FrameError> {
+        let (header, body) = frame::read(bytes)?;
+        let (kind, lsn) = (header.kind, header.lsn);
+        let mut reader = BodyReader::new(body);
+        let body = match kind {
+            KIND_BOOT => reader
+                .array()
+                .zip(reader.u64())
+                .map(|(fingerprint, wall_ns)| Body::Boot { fingerprint, wall_ns }),
+            KIND_KICK => take_stop(&mut reader).map(Body::Kick),
+            KIND_SYNC => take_stop(&mut reader).map(Body::Sync),
+            KIND_INPUT => reader.u64().map(|sequence| {
+                let payload = std::mem::replace(&mut reader, BodyReader::new(&[])).rest();
+                Body::Input { sequence, payload }
+            }),
+            KIND_DELIVER => take_stop(&mut reader)
+                .zip(reader.u64())
+                .map(|(stop, through)| Body::Deliver { stop, through }),
+            KIND_TIME => take_stop(&mut reader)
+                .zip(reader.u64())
+                .map(|(stop, now_ns)| Body::Time { stop, now_ns }),
+            KIND_CONSOLE => take_stop(&mut reader)
+                .zip(reader.u32())
+                .map(|(stop, bytes)| Body::Console { stop, bytes }),
+            KIND_POWER_OFF => {
+                take_stop(&mut reader)
+                    .zip(reader.u8().filter(|reset| *reset <= 1))
+                    .map(|(stop, reset)| Body::PowerOff {
+                        stop,
+                        reset: reset == 1,
+                    })
+            }
+            _ => return Err(FrameError::Kind { kind, lsn }),
+        };
+        let body = body
+            .filter(|_| reader.is_empty())
+            .ok_or(FrameError::Body { kind, lsn })?;
+        Ok(Self {
+            lsn,
+            generation: header.generation,
+            device: header.device,
+            queue: header.queue,
+            body,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn any_stop() -> impl Strategy<Value = Stop> {
+        (any::<u64>(), any::<u32>(), any::<u64>(), any::<u64>(), any::<u64>()).prop_map(
+            |(exits, offset, rip, rcx, digest)| Stop {
+                position: Position {
+                    exits,
+                    offset,
+                    rip,
+                    rcx,
+                },
+                digest,
+            },
+        )
+    }
+
+    fn check(body: Body<'_>) {
+        let entry = Entry {
+            lsn: Lsn(42),
+            generation: Generation(2),
+            device: DeviceId(1),
+            queue: 3,
+            body,
+        };
+        let mut bytes = vec![0; body.frame_bytes()];
+        assert_eq!(entry.encode(&mut bytes), bytes.len());
+        assert_eq!(Entry::decode(&bytes).unwrap(), entry);
+        // A body that is one byte short or long is malformed even with a good checksum.
+        let (header, body) = frame::read(&bytes).unwrap();
+        let mut long = vec![0; bytes.len() + 1];
+        let length = frame::write(&mut long, &header, body.len() + 1, |out| {
+            out[..body.len()].copy_from_slice(body)
+        });
+        let decoded = Entry::decode(&long[..length]);
+        if !matches!(entry.body, Body::Input { .. }) {
+            assert!(matches!(decoded, Err(FrameError::Body { .. })));
+            let length = frame::write(&mut long, &header, body.len() - 1, |out| {
+                out.copy_from_slice(&body[..out.len()])
+            });
+            assert!(matches!(Entry::decode(&long[..length]), Err(FrameError::Body { .. })));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_entry_reads_back(stop in any_stop(), number in any::<u64>(), payload in proptest::collection::vec(any::<u8>(), 0..2000), fingerprint in any::<[u8; 32]>(), flag in any::<bool>()) {
+            check(Body::Boot { fingerprint, wall_ns: number });
+            check(Body::Kick(stop));
+            check(Body::Sync(stop));
+            check(Body::Input { sequence: number, payload: &payload });
+            check(Body::Deliver { stop, through: number });
+            check(Body::Time { stop, now_ns: number });
+            check(Body::Console { stop, bytes: number as u32 });
+            check(Body::PowerOff { stop, reset: flag });
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Entry::decode(&bytes);
+        }
+
+        #[test]
+        fn arbitrary_bodies_never_panic(kind in any::<u8>(), body in proptest::collection::vec(any::<u8>(), 0..80)) {
+            let header = Header { lsn: Lsn(1), generation: Generation(1), kind, device: DeviceId(0), queue: 0 };
+            let mut bytes = vec![0; HEADER_BYTES + body.len()];
+            frame::write(&mut bytes, &header, body.len(), |out| out.copy_from_slice(&body));
+            let _ = Entry::decode(&bytes);
+        }
+    }
+}

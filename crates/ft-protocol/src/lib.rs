@@ -1,0 +1,27 @@
+//! The protocol of a fault-tolerant virtual machine, as a pure core.
+//!
+//! No I/O, no clock, no threads, no `unsafe`: time and everything the world says come in as [`Event`]s, and what is to be
+//! done goes out as [`Action`]s. The daemons, the simulator and the fuzzers link this very code.
+//!
+//! ```text
+//!  producers ──entry frames──► [frame, entry]   one format for rings, wire and journal
+//!  world ─────────Event──────► [replica]        roles, acknowledgements, arbitration ──Action──► shell
+//!  device ────────Held<T>────► [held]           the only way to an output is a committed LSN
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod controls;
+pub mod entry;
+pub mod frame;
+pub mod held;
+pub mod ids;
+pub mod limits;
+pub mod message;
+pub mod replica;
+
+pub use entry::{Body, Position, Stop};
+pub use frame::{FrameError, Header};
+pub use held::{Committed, Held};
+pub use ids::{DeviceId, Generation, Lsn};
+pub use replica::{Action, Event, Replica, Role, Verdict};

@@ -1,0 +1,278 @@
+//! Control messages between the two `ft-log` daemons of a VM, in the same frames as log entries.
+//!
+//! The logging channel (TCP) carries entries and every message but heartbeats; heartbeats are UDP datagrams of one frame.
+
+use crate::{
+    frame::{self, BodyReader, BodyWriter, FrameError, Header, VERSION},
+    ids::{DeviceId, Generation, Lsn},
+    limits::{HEADER_BYTES, MESSAGE_BYTES_MAX, VM_NAME_BYTES_MAX},
+};
+
+/// What one side says to the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// First message of both sides on a new channel. The primary speaks first.
+    Hello(Hello),
+    /// The other side's hello was refused; the channel closes.
+    Refuse {
+        /// For the other side's operator.
+        reason: String,
+    },
+    /// Backup to primary: every entry up to this LSN is received (header LSN).
+    Ack(Lsn),
+    /// The sender's replica ended: take over, or go on alone.
+    Gone {
+        /// For the operator.
+        reason: String,
+    },
+    /// UDP: the sender is alive. The LSN is its last one (appended, or received).
+    Heartbeat {
+        /// Which VM, since a daemon serves many: [`vm_hash`].
+        vm: u64,
+        /// The sender's last LSN.
+        lsn: Lsn,
+        /// Grows by one with each datagram.
+        sequence: u64,
+    },
+}
+
+/// Who a side is, and what it would run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Frame format version of the sender.
+    pub version: u32,
+    /// The VM.
+    pub vm: String,
+    /// Whether the sender is the primary.
+    pub primary: bool,
+    /// Digest of everything both sides must start from.
+    pub fingerprint: [u8; 32],
+}
+
+const KIND_HELLO: u8 = 128;
+const KIND_REFUSE: u8 = 129;
+const KIND_ACK: u8 = 130;
+const KIND_GONE: u8 = 131;
+const KIND_HEARTBEAT: u8 = 132;
+
+/// Short stable name of a VM for datagrams (FNV-1a); a collision is caught by the channel's hello.
+#[must_use]
+pub fn vm_hash(vm: &str) -> u64 {
+    vm.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
+}
+
+fn truncated(reason: &str) -> &str {
+    let mut end = reason.len().min(MESSAGE_BYTES_MAX);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    &reason[..end]
+}
+
+impl Message {
+    /// Appends the message's frame to `out`, stamped with the sender's generation. A reason that is too long is cut.
+    ///
+    /// # Panics
+    /// If a hello's VM name is longer than [`VM_NAME_BYTES_MAX`]: it is checked where it enters the program.
+    pub fn encode(&self, generation: Generation, out: &mut Vec<u8>) {
+        let (kind, lsn, length) = match self {
+            Self::Hello(hello) => {
+                assert!(hello.vm.len() <= VM_NAME_BYTES_MAX);
+                (KIND_HELLO, Lsn::ZERO, 37 + hello.vm.len())
+            }
+            Self::Refuse { reason } => (KIND_REFUSE, Lsn::ZERO, truncated(reason).len()),
+            Self::Ack(lsn) => (KIND_ACK, *lsn, 0),
+            Self::Gone { reason } => (KIND_GONE, Lsn::ZERO, truncated(reason).len()),
+            Self::Heartbeat { lsn, .. } => (KIND_HEARTBEAT, *lsn, 16),
+        };
+        let header = Header {
+            lsn,
+            generation,
+            kind,
+            device: DeviceId::SHIM,
+            queue: 0,
+        };
+        let start = out.len();
+        out.resize(start + HEADER_BYTES + length, 0);
+        frame::write(&mut out[start..], &header, length, |body| {
+            let mut body = BodyWriter::new(body);
+            match self {
+                Self::Hello(hello) => {
+                    body.u32(hello.version);
+                    body.u8(u8::from(hello.primary));
+                    body.bytes(&hello.fingerprint);
+                    body.bytes(hello.vm.as_bytes());
+                }
+                Self::Refuse { reason } | Self::Gone { reason } => body.bytes(truncated(reason).as_bytes()),
+                Self::Ack(_) => {}
+                Self::Heartbeat { vm, sequence, .. } => {
+                    body.u64(*vm);
+                    body.u64(*sequence);
+                }
+            }
+        });
+    }
+
+    /// Reads the message in exactly one frame; gives the sender's generation with it.
+    ///
+    /// # Errors
+    /// [`FrameError`] for a frame that is damaged, malformed, or not a control message.
+    pub fn decode(bytes: &[u8]) -> Result<(Generation, Self), FrameError> {
+        let (header, body) = frame::read(bytes)?;
+        let (kind, lsn) = (header.kind, header.lsn);
+        let malformed = FrameError::Body { kind, lsn };
+        if body.len() > MESSAGE_BYTES_MAX {
+            return Err(malformed);
+        }
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).map_err(|_| malformed);
+        let mut reader = BodyReader::new(body);
+        let message = match kind {
+            KIND_HELLO => {
+                let (Some(version), Some(primary), Some(fingerprint)) = (reader.u32(), reader.u8(), reader.array())
+                else {
+                    return Err(malformed);
+                };
+                let vm = text(reader.rest())?;
+                if vm.len() > VM_NAME_BYTES_MAX || primary > 1 {
+                    return Err(malformed);
+                }
+                Self::Hello(Hello {
+                    version,
+                    vm,
+                    primary: primary == 1,
+                    fingerprint,
+                })
+            }
+            KIND_REFUSE => Self::Refuse { reason: text(body)? },
+            KIND_GONE => Self::Gone { reason: text(body)? },
+            KIND_ACK if body.is_empty() => Self::Ack(lsn),
+            KIND_HEARTBEAT => {
+                let (Some(vm), Some(sequence), true) = (reader.u64(), reader.u64(), reader.is_empty()) else {
+                    return Err(malformed);
+                };
+                Self::Heartbeat { vm, lsn, sequence }
+            }
+            KIND_ACK => return Err(malformed),
+            _ => return Err(FrameError::Kind { kind, lsn }),
+        };
+        Ok((header.generation, message))
+    }
+}
+
+impl Hello {
+    /// Why `self` (what this side is) cannot be paired with `other`; `None` if it can.
+    #[must_use]
+    pub fn mismatch(&self, other: &Self) -> Option<String> {
+        if other.version != VERSION {
+            return Some(format!(
+                "protocol version {} there, {} here: run the same release on both hosts",
+                other.version, self.version
+            ));
+        }
+        if other.vm != self.vm {
+            return Some(format!(
+                "the peer protects VM '{}', this side VM '{}': check --vm and --peer on both hosts",
+                other.vm, self.vm
+            ));
+        }
+        if other.primary == self.primary {
+            let role = if self.primary { "primary" } else { "backup" };
+            return Some(format!(
+                "both sides were started as {role}: start one with --role primary and one with --role backup"
+            ));
+        }
+        if other.fingerprint != self.fingerprint {
+            return Some(
+                "the two sides would start different machines: kernel, command line, memory, CPUID and disk image must be identical"
+                    .into(),
+            );
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn hello() -> Hello {
+        Hello {
+            version: VERSION,
+            vm: "ledger".into(),
+            primary: true,
+            fingerprint: [7; 32],
+        }
+    }
+
+    #[test]
+    fn every_message_reads_back() {
+        for message in [
+            Message::Hello(hello()),
+            Message::Refuse { reason: "no".into() },
+            Message::Ack(Lsn(99)),
+            Message::Gone {
+                reason: "vhost-ft-blk ended".into(),
+            },
+            Message::Heartbeat {
+                vm: vm_hash("ledger"),
+                lsn: Lsn(4),
+                sequence: 5,
+            },
+        ] {
+            let mut bytes = Vec::new();
+            message.encode(Generation(3), &mut bytes);
+            assert_eq!(Message::decode(&bytes).unwrap(), (Generation(3), message));
+        }
+    }
+
+    #[test]
+    fn a_pair_must_agree_on_everything_but_the_role() {
+        let backup = Hello {
+            primary: false,
+            ..hello()
+        };
+        assert_eq!(hello().mismatch(&backup), None);
+        assert!(hello().mismatch(&hello()).unwrap().contains("primary"));
+        assert!(
+            hello()
+                .mismatch(&Hello {
+                    version: 9,
+                    ..backup.clone()
+                })
+                .unwrap()
+                .contains("version 9")
+        );
+        assert!(
+            hello()
+                .mismatch(&Hello {
+                    vm: "other".into(),
+                    ..backup.clone()
+                })
+                .unwrap()
+                .contains("'other'")
+        );
+        assert!(
+            hello()
+                .mismatch(&Hello {
+                    fingerprint: [0; 32],
+                    ..backup
+                })
+                .unwrap()
+                .contains("different machines")
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_messages_never_panic(kind in 120u8..140, body in proptest::collection::vec(any::<u8>(), 0..120)) {
+            let header = Header { lsn: Lsn(1), generation: Generation(1), kind, device: DeviceId(0), queue: 0 };
+            let mut bytes = vec![0; HEADER_BYTES + body.len()];
+            frame::write(&mut bytes, &header, body.len(), |out| out.copy_from_slice(&body));
+            let _ = Message::decode(&bytes);
+        }
+    }
+}
