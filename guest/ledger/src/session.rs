@@ -1,0 +1,209 @@
+//! One client: requests are taken from the receive buffer in order, begun as soon as the ledger takes them, and answered in
+//! order.
+//!
+//! ```text
+//! receive buffer ──begin──► pending (in the group / being read / answered) ──front first──► transmit buffer
+//! ```
+//!
+//! A request is begun only if its answer is sure to find room, so a client that does not read holds up nobody but itself.
+//! What is not begun stays in the receive buffer, and TCP's window slows the client.
+
+use crate::disk::Disk;
+use ledger::ledger::{Begun, Ledger, ReadSlot};
+use ledger::limits::SESSION_PENDING_MAX;
+use ledger::protocol::{ANSWER_BYTES_MAX, Answer, Operation, Parsed, REQUEST_BYTES_MAX, Status, parse};
+use smoltcp::socket::tcp::{Socket, State};
+
+#[derive(Clone, Copy)]
+enum Pending {
+    Appending(u64),
+    Reading(ReadSlot),
+    Answered(Answer),
+}
+
+/// What all sessions share in a round.
+pub(crate) struct Round<'a> {
+    /// Virtual time.
+    pub(crate) now_ns: u64,
+    /// The ledger.
+    pub(crate) ledger: &'a mut Ledger<'static>,
+    /// Its disk.
+    pub(crate) disk: &'a mut Disk,
+    /// The session that asked for power off, if one did: no other begins anything.
+    pub(crate) powering_off: &'a mut Option<usize>,
+}
+
+/// A session.
+pub(crate) struct Session {
+    index: usize,
+    pending: [Pending; SESSION_PENDING_MAX],
+    first: usize,
+    count: usize,
+    /// No more requests; close once everything is answered.
+    closing: bool,
+    active_ns: u64,
+}
+
+impl Session {
+    /// A session without a client.
+    pub(crate) fn new(index: usize) -> Self {
+        let none = Pending::Answered(Answer::refusal(Status::BadRequest, 0));
+        Session {
+            index,
+            pending: [none; SESSION_PENDING_MAX],
+            first: 0,
+            count: 0,
+            closing: false,
+            active_ns: 0,
+        }
+    }
+
+    /// Time of the last request.
+    pub(crate) fn active_ns(&self) -> u64 {
+        self.active_ns
+    }
+
+    /// Whether nothing waits for an answer.
+    pub(crate) fn is_answered(&self) -> bool {
+        self.count == 0
+    }
+
+    /// The client is gone.
+    pub(crate) fn reset(&mut self, now_ns: u64, ledger: &mut Ledger<'static>) {
+        while let Some(pending) = self.front() {
+            if let Pending::Reading(slot) = pending {
+                ledger.release(slot);
+            }
+            self.pop();
+        }
+        self.closing = false;
+        self.active_ns = now_ns;
+    }
+
+    /// The group is over: every append of this session was in it.
+    pub(crate) fn settle(&mut self, answer: impl Fn(u64) -> Answer) {
+        for offset in 0..self.count {
+            let pending = &mut self.pending[(self.first + offset) % SESSION_PENDING_MAX];
+            if let Pending::Appending(n) = *pending {
+                *pending = Pending::Answered(answer(n));
+            }
+        }
+    }
+
+    /// Begins and answers as much as can be.
+    pub(crate) fn step(&mut self, socket: &mut Socket<'static>, round: &mut Round<'_>) {
+        loop {
+            let begun = self.begin(socket, round);
+            let answered = self.answer(socket, round);
+            if !(begun && answered) {
+                break;
+            }
+        }
+        if self.closing {
+            // What still comes is not for us, but the FIN behind it is.
+            while matches!(socket.recv(|bytes| (bytes.len(), bytes.len())), Ok(bytes) if bytes > 0) {}
+        }
+        if self.count == 0 && (self.closing || self.is_half_closed(socket)) && socket.may_send() {
+            socket.close();
+        }
+    }
+
+    /// The client will send no more, and what it sent holds no whole request.
+    fn is_half_closed(&self, socket: &mut Socket<'static>) -> bool {
+        let mut bytes = [0; REQUEST_BYTES_MAX];
+        socket.state() == State::CloseWait
+            && match socket.peek_slice(&mut bytes) {
+                Ok(length) => parse(&bytes[..length]) == Parsed::Incomplete,
+                Err(_) => true,
+            }
+    }
+
+    /// True if it stopped for want of a place in `pending` or in the transmit buffer.
+    fn begin(&mut self, socket: &mut Socket<'static>, round: &mut Round<'_>) -> bool {
+        while !self.closing && round.powering_off.is_none_or(|index| index == self.index) {
+            let room = socket.send_capacity() - socket.send_queue();
+            if self.count == SESSION_PENDING_MAX || room < (self.count + 1) * ANSWER_BYTES_MAX {
+                return true;
+            }
+            let mut bytes = [0; REQUEST_BYTES_MAX];
+            let length = socket.peek_slice(&mut bytes).unwrap_or(0);
+            if length == 0 {
+                return false;
+            }
+            let request = match parse(&bytes[..length]) {
+                Parsed::Incomplete => return false,
+                Parsed::Malformed => {
+                    self.push(Pending::Answered(Answer::refusal(Status::BadRequest, 0)));
+                    self.closing = true;
+                    return false;
+                }
+                Parsed::Request(request) => request,
+            };
+            if request.operation == Operation::PowerOff {
+                *round.powering_off = Some(self.index);
+            }
+            self.active_ns = round.now_ns;
+            let own_appends = self.has_appends();
+            let pending = match round.ledger.begin(&request, own_appends, round.now_ns, round.disk) {
+                Begun::Wait => return false,
+                Begun::Answered(answer) => Pending::Answered(answer),
+                Begun::Appending(n) => Pending::Appending(n),
+                Begun::Reading(slot) => Pending::Reading(slot),
+            };
+            self.push(pending);
+            self.closing = request.operation == Operation::PowerOff;
+            let mut taken = [0; REQUEST_BYTES_MAX];
+            // The bytes were just seen there.
+            let _ = socket.recv_slice(&mut taken[..request.bytes]);
+        }
+        false
+    }
+
+    /// Sends the answers that are ready, front first. True if it sent any.
+    fn answer(&mut self, socket: &mut Socket<'static>, round: &mut Round<'_>) -> bool {
+        let mut answered = false;
+        let mut buffer = [0; ANSWER_BYTES_MAX];
+        while let Some(pending) = self.front() {
+            let length = match pending {
+                Pending::Appending(_) => break,
+                Pending::Answered(answer) => answer.write(round.now_ns, &[], &mut buffer),
+                Pending::Reading(slot) => {
+                    let Some((answer, payload)) = round.ledger.read_answer(slot) else {
+                        break;
+                    };
+                    let length = answer.write(round.now_ns, payload, &mut buffer);
+                    round.ledger.release(slot);
+                    length
+                }
+            };
+            // `begin` kept the room. A connection that is going down takes nothing; then nobody listens.
+            let _ = socket.send_slice(&buffer[..length]);
+            self.pop();
+            answered = true;
+        }
+        answered
+    }
+
+    fn has_appends(&self) -> bool {
+        (0..self.count).any(|offset| {
+            matches!(
+                self.pending[(self.first + offset) % SESSION_PENDING_MAX],
+                Pending::Appending(_)
+            )
+        })
+    }
+
+    fn front(&self) -> Option<Pending> {
+        (self.count > 0).then(|| self.pending[self.first])
+    }
+
+    fn push(&mut self, pending: Pending) {
+        self.pending[(self.first + self.count) % SESSION_PENDING_MAX] = pending;
+        self.count += 1;
+    }
+
+    fn pop(&mut self) {
+        self.first = (self.first + 1) % SESSION_PENDING_MAX;
+        self.count -= 1;
+    }
+}
