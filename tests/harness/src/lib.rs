@@ -1,0 +1,29 @@
+//! Two hosts, a client and a witness, all on one machine.
+//!
+//! ```text
+//!   client ────────┐ LAN 10.77.0.0/24
+//!  (witness)   ┌───┴────┐              a namespace each: client, switch, host A, host B
+//!              │ switch │              [netns], [topology]
+//!              └─┬────┬─┘
+//!       host A ──┘    └── host B       the four real daemons each: [process]
+//!       TAP, VM  ═wire═   TAP, VM      what they say: [events]
+//! ```
+//!
+//! [`scenario`] boots the pair, lets [`witness`] drive the guest's ledger from outside, injects a [`faults::Fault`], and
+//! hands what was seen to the judges: [`judge`] (what clients were told against what is stored) and [`roles`] (who ended
+//! as what). [`report`] and [`picture`] tell a person. The judges are pure: no socket, no clock, no process.
+
+pub mod clock;
+pub mod error;
+pub mod events;
+pub mod faults;
+pub mod judge;
+pub mod ledger;
+pub mod netns;
+pub mod picture;
+pub mod process;
+pub mod report;
+pub mod roles;
+pub mod scenario;
+pub mod topology;
+pub mod witness;
