@@ -5,6 +5,7 @@
 //!  ft-log ────────ring──► shim           [ring]    entries to replay
 //!  everybody ────region── everybody      [region]  role, generation, next LSN, commit watermark, the shim's wake word
 //!  shim ──────────gate─── device         [gate]    kick and delivery, at a stop point, with the vCPU stopped
+//!  a finished log ────► shim             [journal] entries to replay from files
 //!  joining: one unix socket, one JSON line each way, descriptors along with it   [handshake]
 //! ```
 //!
@@ -16,6 +17,7 @@ pub mod events;
 pub mod futex;
 pub mod gate;
 pub mod handshake;
+pub mod journal;
 pub mod log;
 pub mod region;
 pub mod ring;
