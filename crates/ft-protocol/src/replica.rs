@@ -248,15 +248,24 @@ impl Replica {
     #[must_use]
     pub fn deadline_ns(&self) -> Option<u64> {
         match self.role {
-            Role::Halted | Role::Off | Role::Live => None,
+            Role::Halted | Role::Off | Role::Live | Role::GoingLive => None,
             Role::Pairing if !self.paired => self.ask_again_ns,
             _ => {
                 let mut due = self.heartbeat_due_ns;
-                if matches!(self.role, Role::Recording | Role::Replaying) {
+                if self.may_suspect() {
                     due = due.min(self.suspect_at_ns());
                 }
                 Some(self.ask_again_ns.map_or(due, |ask| due.min(ask)))
             }
+        }
+    }
+
+    /// A backup that has the power-off in hand ends with it: the VM is not to go on anywhere.
+    fn may_suspect(&self) -> bool {
+        match self.role {
+            Role::Recording => true,
+            Role::Replaying => self.power_off.is_none(),
+            _ => false,
         }
     }
 
@@ -444,11 +453,7 @@ impl Replica {
     }
 
     fn suspect(&mut self, now_ns: u64, reason: &'static str, actions: &mut Vec<Action>) {
-        if !matches!(self.role, Role::Recording | Role::Replaying) {
-            return;
-        }
-        // A backup that has the power-off in hand ends with it: the VM is not to go on anywhere.
-        if self.power_off.is_some() && !self.config.primary {
+        if !self.may_suspect() {
             return;
         }
         actions.push(Action::Suspect { reason });

@@ -229,3 +229,23 @@ fn a_dead_sibling_ends_the_replica_and_the_peer_is_told() {
     assert!(matches!(actions[0], Action::Send(Message::Gone { .. })));
     assert_eq!(primary.role(), Role::Halted);
 }
+
+#[test]
+fn a_deadline_that_has_passed_is_gone_after_a_tick() {
+    let check = |replica: &mut Replica, now_ns| {
+        step(replica, now_ns, Event::Tick);
+        assert!(replica.deadline_ns().is_none_or(|at| at > now_ns), "{replica:?}");
+    };
+    let mut backup = replaying();
+    received(&mut backup, 1, 4);
+    step(&mut backup, 2, Event::ChannelDown);
+    won(&mut backup, 2);
+    assert_eq!(backup.role(), Role::GoingLive);
+    check(&mut backup, INTERVAL * 30);
+
+    let mut backup = replaying();
+    received(&mut backup, 1, 4);
+    step(&mut backup, 2, Event::PowerOffEntry { lsn: Lsn(4) });
+    assert_eq!(backup.role(), Role::Replaying);
+    check(&mut backup, INTERVAL * 30);
+}
