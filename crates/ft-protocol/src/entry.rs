@@ -42,6 +42,8 @@ pub enum Body<'a> {
         fingerprint: [u8; 32],
         /// Wall clock at virtual time 0, ns since 1970.
         wall_ns: u64,
+        /// What devices the machine has, as the shim describes them: an offline replay builds them from this.
+        devices: &'a [u8],
     },
     /// The guest notified a queue; marks the outputs the device drains here.
     Kick(Stop),
@@ -140,7 +142,7 @@ impl Body<'_> {
 
     fn body_bytes(&self) -> usize {
         match self {
-            Self::Boot { .. } => 40,
+            Self::Boot { devices, .. } => 40 + devices.len(),
             Self::Kick(_) | Self::Sync(_) => STOP_BYTES,
             Self::Input { payload, .. } => 8 + payload.len(),
             Self::Deliver { .. } | Self::Time { .. } => STOP_BYTES + 8,
@@ -208,9 +210,14 @@ impl<'a> Entry<'a> {
         frame::write(out, &header, self.body.body_bytes(), |body| {
             let mut out = BodyWriter::new(body);
             match &self.body {
-                Body::Boot { fingerprint, wall_ns } => {
+                Body::Boot {
+                    fingerprint,
+                    wall_ns,
+                    devices,
+                } => {
                     out.bytes(fingerprint);
                     out.u64(*wall_ns);
+                    out.bytes(devices);
                 }
                 Body::Kick(stop) | Body::Sync(stop) => put_stop(&mut out, stop),
                 Body::Input { sequence, payload } => {
@@ -250,7 +257,11 @@ impl<'a> Entry<'a> {
             KIND_BOOT => reader
                 .array()
                 .zip(reader.u64())
-                .map(|(fingerprint, wall_ns)| Body::Boot { fingerprint, wall_ns }),
+                .map(|(fingerprint, wall_ns)| Body::Boot {
+                    fingerprint,
+                    wall_ns,
+                    devices: std::mem::replace(&mut reader, BodyReader::new(&[])).rest(),
+                }),
             KIND_KICK => take_stop(&mut reader).map(Body::Kick),
             KIND_SYNC => take_stop(&mut reader).map(Body::Sync),
             KIND_INPUT => reader.u64().map(|sequence| {
@@ -327,7 +338,7 @@ mod tests {
             out[..body.len()].copy_from_slice(body)
         });
         let decoded = Entry::decode(&long[..length]);
-        if !matches!(entry.body, Body::Input { .. }) {
+        if !matches!(entry.body, Body::Input { .. } | Body::Boot { .. }) {
             assert!(matches!(decoded, Err(FrameError::Body { .. })));
             let length = frame::write(&mut long, &header, body.len() - 1, |out| {
                 out.copy_from_slice(&body[..out.len()])
@@ -339,7 +350,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_entry_reads_back(stop in any_stop(), number in any::<u64>(), payload in proptest::collection::vec(any::<u8>(), 0..2000), fingerprint in any::<[u8; 32]>(), flag in any::<bool>()) {
-            check(Body::Boot { fingerprint, wall_ns: number });
+            check(Body::Boot { fingerprint, wall_ns: number, devices: &payload });
             check(Body::Kick(stop));
             check(Body::Sync(stop));
             check(Body::Input { sequence: number, payload: &payload });
