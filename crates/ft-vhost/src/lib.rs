@@ -1,1 +1,10 @@
-//! (under construction)
+//! What the two vhost-user daemons share.
+//!
+//! ```text
+//!  frontend ──socket──► [session]  control thread ──commands──┐
+//!  shim ──gate──────────────────────────────────────────────► device thread: one owner of guest memory and queues
+//!  guest ──kick eventfd (alone)─────────────────────────────► │
+//!                                                             └► [guest_side]  the half that touches guest memory, pure
+//! ```
+
+pub mod guest_side;

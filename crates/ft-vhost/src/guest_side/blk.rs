@@ -1,0 +1,455 @@
+//! The guest side of a block device.
+//!
+//! ```text
+//!  kick:    chain ─► [Request], write data in its bounce buffer ─► take_requests ─► the daemon performs it
+//!  deliver: payload = completions ─► data to guest memory, status byte, used ring
+//!           completion = u64 id, u8 status, u8[3] 0, u32 data length, data
+//! ```
+//! Requests are numbered densely from 0 over the life of the device, also past a reset: a completion of a request that a reset
+//! forgot is told from one that never was.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use virtio_bindings::{
+    virtio_blk::{
+        VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
+        VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
+        VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    },
+    virtio_config::VIRTIO_F_VERSION_1,
+    virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
+};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::{
+    GuestSide, Outcome, QueueSetup, RingError,
+    ring::{Ring, Segment, copy_from_guest, copy_to_guest, skip_bytes, total_bytes},
+};
+
+/// Bytes of a sector, as the specification counts them.
+pub const SECTOR_BYTES: u64 = 512;
+/// Segments of one request.
+const SEGMENTS_MAX: u32 = 64;
+/// Bytes of one segment.
+const SEGMENT_BYTES_MAX: u32 = 4096;
+/// Most data of one request; the two limits above are what the driver is told.
+pub const REQUEST_BYTES_MAX: usize = (SEGMENTS_MAX * SEGMENT_BYTES_MAX) as usize;
+/// Bytes of a completion before its data.
+pub const COMPLETION_HEADER_BYTES: usize = 16;
+/// Bytes of the identity string.
+pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+/// Status of a request that was performed.
+pub const STATUS_OK: u8 = VIRTIO_BLK_S_OK as u8;
+/// Status of a request that failed, or is malformed.
+pub const STATUS_IO_ERROR: u8 = VIRTIO_BLK_S_IOERR as u8;
+/// Status of a request the device does not know.
+pub const STATUS_UNSUPPORTED: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+
+const REQUEST_HEADER_BYTES: usize = 16;
+const CONFIG_BYTES: usize = 60;
+const QUEUES: u16 = 1;
+
+const _: () = assert!(REQUEST_BYTES_MAX + COMPLETION_HEADER_BYTES <= ft_protocol::limits::PAYLOAD_BYTES_MAX);
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Sectors to the guest.
+    Read,
+    /// Sectors from the guest.
+    Write,
+    /// What was written before must last.
+    Flush,
+    /// The identity string.
+    GetId,
+    /// Anything that cannot be performed: complete it with this status.
+    Refused(u8),
+}
+
+/// What the daemon is to perform.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Number of the request.
+    pub id: u64,
+    /// What is asked.
+    pub kind: Kind,
+    /// First sector of a read or write.
+    pub sector: u64,
+    /// Data bytes to the guest (read, identity) or from it (write).
+    pub length: u32,
+    /// Bounce buffer of a write; empty otherwise.
+    pub data: Vec<u8>,
+}
+
+/// What the guest waits for.
+#[derive(Debug)]
+struct Outstanding {
+    queue: u16,
+    head: u16,
+    status_address: u64,
+    /// Where the data of a read goes.
+    data: Vec<Segment>,
+}
+
+/// The guest side of a block device with one queue.
+#[derive(Debug)]
+pub struct BlkGuestSide {
+    capacity_sectors: u64,
+    read_only: bool,
+    memory: Option<Arc<GuestMemoryMmap>>,
+    rings: [Ring; QUEUES as usize],
+    /// Requests from `first_id` on; `None`: delivered or forgotten.
+    outstanding: VecDeque<Option<Outstanding>>,
+    first_id: u64,
+    /// Requests below it may have been forgotten by a reset.
+    forgotten_below: u64,
+    requests: Vec<Request>,
+    segments: Vec<Segment>,
+    spare_segments: Vec<Vec<Segment>>,
+    spare_data: Vec<Vec<u8>>,
+}
+
+impl BlkGuestSide {
+    /// A disk of `capacity_sectors` sectors of 512 bytes.
+    #[must_use]
+    pub fn new(capacity_sectors: u64, read_only: bool) -> Self {
+        Self {
+            capacity_sectors,
+            read_only,
+            memory: None,
+            rings: std::array::from_fn(|index| Ring::new(index as u16)),
+            outstanding: VecDeque::new(),
+            first_id: 0,
+            forgotten_below: 0,
+            requests: Vec::new(),
+            segments: Vec::new(),
+            spare_segments: Vec::new(),
+            spare_data: Vec::new(),
+        }
+    }
+
+    /// Moves the requests of the kicks so far to `into`, in the order of their numbers.
+    pub fn take_requests(&mut self, into: &mut Vec<Request>) {
+        into.append(&mut self.requests);
+    }
+
+    /// Takes back a bounce buffer that is no longer needed.
+    pub fn recycle(&mut self, mut data: Vec<u8>) {
+        if data.capacity() != 0 && self.spare_data.len() < 64 {
+            data.clear();
+            self.spare_data.push(data);
+        }
+    }
+
+    /// Whether the guest still waits for request `id`.
+    #[must_use]
+    pub fn is_outstanding(&self, id: u64) -> bool {
+        let index = id.checked_sub(self.first_id);
+        index.is_some_and(|index| matches!(self.outstanding.get(index as usize), Some(Some(_))))
+    }
+
+    /// Requests the guest waits for.
+    #[must_use]
+    pub fn outstanding(&self) -> usize {
+        self.outstanding.iter().flatten().count()
+    }
+
+    /// Number of the next request.
+    fn next_id(&self) -> u64 {
+        self.first_id + self.outstanding.len() as u64
+    }
+
+    /// Negative control (see [`super::BOUNCE`]): the data of a read reaches guest memory now, ahead of its delivery.
+    ///
+    /// # Errors
+    /// A range that is no longer guest memory.
+    pub fn write_ahead(&mut self, id: u64, data: &[u8]) -> Result<(), RingError> {
+        let index = id.checked_sub(self.first_id).map(|index| index as usize);
+        let waiting = index.and_then(|index| self.outstanding.get(index)?.as_ref());
+        if let (Some(memory), Some(waiting)) = (&self.memory, waiting) {
+            copy_to_guest(memory, &waiting.data, data)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a request of the chain in `self.segments`.
+    fn take_chain(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        queue: u16,
+        head: u16,
+        digest: &mut Xxh3,
+    ) -> Result<(), RingError> {
+        let segments = &mut self.segments;
+        let split = segments.partition_point(|segment| !segment.writable);
+        let too_short = |what| RingError::TooShort { head, what };
+        // The last writable byte is the status.
+        let last = segments[split..].last_mut().ok_or(too_short("the status"))?;
+        last.length -= 1;
+        let status_address = last.address + u64::from(last.length);
+
+        let mut header = [0; REQUEST_HEADER_BYTES];
+        let readable_bytes = total_bytes(&segments[..split]);
+        let whole = readable_bytes >= REQUEST_HEADER_BYTES as u64;
+        let mut spare = self.spare_data.pop().unwrap_or_default();
+        if whole {
+            copy_from_guest(memory, &segments[..split], REQUEST_HEADER_BYTES, &mut spare)?;
+            header.copy_from_slice(&spare);
+            spare.clear();
+        }
+        let kind = u32::from_le_bytes(header[..4].try_into().expect("4 bytes"));
+        let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
+        digest.update(&header);
+
+        let mut data = self.spare_segments.pop().unwrap_or_default();
+        data.clear();
+        let (out_bytes, in_bytes) = (
+            readable_bytes.saturating_sub(REQUEST_HEADER_BYTES as u64),
+            total_bytes(&segments[split..]),
+        );
+        let kind = if whole {
+            self.judge(kind, sector, out_bytes, in_bytes)
+        } else {
+            Kind::Refused(STATUS_IO_ERROR)
+        };
+        let segments = &mut self.segments;
+        let length = match kind {
+            Kind::Read | Kind::GetId => {
+                data.extend(segments[split..].iter().filter(|segment| segment.length != 0));
+                in_bytes
+            }
+            Kind::Write => {
+                segments.truncate(split);
+                skip_bytes(segments, REQUEST_HEADER_BYTES as u64);
+                copy_from_guest(memory, segments, out_bytes as usize, &mut spare)?;
+                digest.update(&spare);
+                out_bytes
+            }
+            Kind::Flush | Kind::Refused(_) => 0,
+        } as u32;
+        digest.update(&length.to_le_bytes());
+        let id = self.next_id();
+        self.outstanding.push_back(Some(Outstanding {
+            queue,
+            head,
+            status_address,
+            data,
+        }));
+        self.requests.push(Request {
+            id,
+            kind,
+            sector,
+            length,
+            data: spare,
+        });
+        Ok(())
+    }
+
+    /// What a request with this header and this much room is.
+    fn judge(&self, kind: u32, sector: u64, out_bytes: u64, in_bytes: u64) -> Kind {
+        let refused = Kind::Refused(STATUS_IO_ERROR);
+        let fits = |bytes: u64| {
+            bytes != 0
+                && bytes.is_multiple_of(SECTOR_BYTES)
+                && bytes <= REQUEST_BYTES_MAX as u64
+                && sector
+                    .checked_add(bytes / SECTOR_BYTES)
+                    .is_some_and(|end| end <= self.capacity_sectors)
+        };
+        match kind {
+            VIRTIO_BLK_T_IN if fits(in_bytes) => Kind::Read,
+            VIRTIO_BLK_T_OUT if fits(out_bytes) && !self.read_only => Kind::Write,
+            VIRTIO_BLK_T_FLUSH => Kind::Flush,
+            VIRTIO_BLK_T_GET_ID if (1..=ID_BYTES as u64).contains(&in_bytes) => Kind::GetId,
+            VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_GET_ID => refused,
+            _ => Kind::Refused(STATUS_UNSUPPORTED),
+        }
+    }
+
+    /// Completes one request, and forgets it.
+    fn complete(&mut self, memory: &GuestMemoryMmap, id: u64, status: u8, data: &[u8]) -> Result<(), RingError> {
+        if !self.is_outstanding(id) {
+            let forgotten = id < self.forgotten_below;
+            return forgotten.then_some(()).ok_or(RingError::UnknownRequest(id));
+        }
+        let slot = &mut self.outstanding[(id - self.first_id) as usize];
+        let mut request = slot.take().expect("it is outstanding");
+        let written = copy_to_guest(memory, &request.data, data)?;
+        memory
+            .write_obj(status, GuestAddress(request.status_address))
+            .map_err(|_| RingError::OutsideMemory {
+                what: "the status",
+                address: request.status_address,
+                length: 1,
+            })?;
+        self.rings[usize::from(request.queue)].complete(memory, request.head, written as u32 + 1)?;
+        request.data.clear();
+        self.spare_segments.push(request.data);
+        self.drop_finished();
+        Ok(())
+    }
+
+    fn drop_finished(&mut self) {
+        while let Some(None) = self.outstanding.front() {
+            self.outstanding.pop_front();
+            self.first_id += 1;
+        }
+    }
+}
+
+/// One completion of a payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completion<'a> {
+    /// Request.
+    pub id: u64,
+    /// Status byte for the guest.
+    pub status: u8,
+    /// Data for the guest.
+    pub data: &'a [u8],
+}
+
+/// The header of a completion with `length` bytes of data behind it.
+#[must_use]
+pub fn completion_header(id: u64, status: u8, length: u32) -> [u8; COMPLETION_HEADER_BYTES] {
+    let mut header = [0; COMPLETION_HEADER_BYTES];
+    header[..8].copy_from_slice(&id.to_le_bytes());
+    header[8] = status;
+    header[12..].copy_from_slice(&length.to_le_bytes());
+    header
+}
+
+/// Reads the completions of a payload.
+///
+/// # Errors
+/// In the place of the first completion that is malformed.
+pub fn completions(payload: &[u8]) -> impl Iterator<Item = Result<Completion<'_>, RingError>> {
+    let mut rest = payload;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let at = payload.len() - rest.len();
+        let Some((completion, behind)) = split_completion(rest) else {
+            rest = &[];
+            return Some(Err(RingError::Payload(at)));
+        };
+        rest = behind;
+        Some(Ok(completion))
+    })
+}
+
+fn split_completion(bytes: &[u8]) -> Option<(Completion<'_>, &[u8])> {
+    let (header, rest) = bytes.split_first_chunk::<COMPLETION_HEADER_BYTES>()?;
+    let id = u64::from_le_bytes(*header.first_chunk()?);
+    let length = u32::from_le_bytes(*header.last_chunk()?) as usize;
+    let (status, padding) = (header[8], &header[9..12]);
+    let (data, rest) = rest.split_at_checked(length)?;
+    (padding == [0; 3]).then_some((Completion { id, status, data }, rest))
+}
+
+impl GuestSide for BlkGuestSide {
+    fn queue_count(&self) -> u16 {
+        QUEUES
+    }
+
+    fn features(&self) -> u64 {
+        let common = [
+            VIRTIO_F_VERSION_1,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_BLK_F_FLUSH,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_SIZE_MAX,
+        ];
+        let read_only = self.read_only.then_some(VIRTIO_BLK_F_RO);
+        common.into_iter().chain(read_only).fold(0, |bits, bit| bits | 1 << bit)
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut config = vec![0; CONFIG_BYTES];
+        config[..8].copy_from_slice(&self.capacity_sectors.to_le_bytes());
+        config[8..12].copy_from_slice(&SEGMENT_BYTES_MAX.to_le_bytes());
+        config[12..16].copy_from_slice(&SEGMENTS_MAX.to_le_bytes());
+        config[20..24].copy_from_slice(&(SECTOR_BYTES as u32).to_le_bytes());
+        config
+    }
+
+    fn set_memory(&mut self, memory: GuestMemoryMmap) {
+        self.memory = Some(Arc::new(memory));
+    }
+
+    fn configure_queue(&mut self, index: u16, setup: &QueueSetup) -> Result<(), RingError> {
+        self.stop_queue(index);
+        let memory = self.memory.as_ref().ok_or(RingError::NoMemory)?;
+        self.rings
+            .get_mut(usize::from(index))
+            .ok_or(RingError::NoQueue(index))?
+            .configure(memory, setup)
+    }
+
+    fn stop_queue(&mut self, index: u16) -> u16 {
+        let Some(ring) = self.rings.get_mut(usize::from(index)) else {
+            return 0;
+        };
+        let next = ring.stop();
+        for slot in &mut self.outstanding {
+            slot.take_if(|request| request.queue == index);
+        }
+        self.forgotten_below = self.next_id();
+        self.drop_finished();
+        next
+    }
+
+    fn is_configured(&self, index: u16) -> bool {
+        self.rings.get(usize::from(index)).is_some_and(Ring::is_configured)
+    }
+
+    fn kick(&mut self, queue: u16) -> Result<Outcome, RingError> {
+        let index = usize::from(queue);
+        let ring = self.rings.get(index).ok_or(RingError::NoQueue(queue))?;
+        if !ring.is_configured() {
+            return Ok(Outcome::default());
+        }
+        let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
+        let mut digest = Xxh3::new();
+        // A ring never has more chains out than it has entries, so this ends whatever the guest does meanwhile.
+        loop {
+            while let Some(head) = self.rings[index].pop(&memory, &mut self.segments)? {
+                self.take_chain(&memory, queue, head, &mut digest)?;
+            }
+            if !self.rings[index].want_kick(&memory)? {
+                break;
+            }
+        }
+        Ok(Outcome {
+            interrupt: false,
+            digest: digest.digest(),
+            more: false,
+        })
+    }
+
+    fn deliver(&mut self, sequence: u64, _queue: u16, payload: &[u8]) -> Result<Outcome, RingError> {
+        let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
+        for completion in completions(payload) {
+            let Completion { id, status, data } = completion?;
+            self.complete(&memory, id, status, data)?;
+        }
+        let mut interrupt = false;
+        for ring in self.rings.iter_mut().filter(|ring| ring.is_configured()) {
+            interrupt |= ring.take_interrupt(&memory)?;
+        }
+        Ok(Outcome {
+            interrupt,
+            digest: super::fold(sequence, xxhash_rust::xxh3::xxh3_64(payload)),
+            more: false,
+        })
+    }
+
+    fn discard_outputs(&mut self) {
+        for request in std::mem::take(&mut self.requests) {
+            self.recycle(request.data);
+        }
+    }
+}
