@@ -49,7 +49,10 @@ pub fn svg(report: &Report, transcript: &Transcript, timeline: &Timeline) -> Str
             })
         })
         .collect();
-    let scale = Scale::new(&points, timeline.fault_ns.is_some(), timeline.go_live_ns.map(relative));
+    let resumed_s = timeline
+        .fault_ns
+        .map(|_| resumed_s(&points, timeline.go_live_ns.map_or(0.0, relative)));
+    let scale = Scale::new(&points, resumed_s);
     let mut out = String::new();
     frame(&mut out, report, &scale);
     let moments = [
@@ -60,12 +63,14 @@ pub fn svg(report: &Report, transcript: &Transcript, timeline: &Timeline) -> Str
     if let Some(live) = timeline.go_live_ns.filter(|_| timeline.fault_ns.is_some()) {
         band(&mut out, &scale, relative(live));
     }
-    let live_s = timeline.go_live_ns.map_or(f64::INFINITY, relative);
+    if resumed_s.is_some() {
+        legend(&mut out);
+    }
     for point in points
         .iter()
         .filter(|point| (scale.from_s..=scale.to_s).contains(&point.sent_s))
     {
-        let waited = timeline.fault_ns.is_some() && point.answered_s > 0.0 && point.sent_s < live_s;
+        let waited = resumed_s.is_some_and(|resumed_s| point.answered_s > 0.0 && point.sent_s < resumed_s);
         let (x, y) = (scale.x(point.sent_s), scale.y(point.latency_ms));
         let colour = if waited { ORANGE } else { BLUE };
         draw(
@@ -86,6 +91,13 @@ fn draw(out: &mut String, element: std::fmt::Arguments<'_>) {
     writeln!(out, "{element}").expect("writing to a String");
 }
 
+/// When the machine answered again after the fault; never, for the purposes of a picture, is at the last record.
+fn resumed_s(points: &[Point], live_s: f64) -> f64 {
+    let last = points.iter().map(|point| point.sent_s).fold(0.1, f64::max);
+    let answered = points.iter().map(|point| point.answered_s).filter(|t_s| *t_s > live_s);
+    answered.min_by(f64::total_cmp).unwrap_or(last)
+}
+
 struct Scale {
     from_s: f64,
     to_s: f64,
@@ -96,18 +108,11 @@ struct Scale {
 
 impl Scale {
     /// All of a run without fault; otherwise a second before it, and half as long again as its effects last.
-    fn new(points: &[Point], fault: bool, live_s: Option<f64>) -> Self {
+    fn new(points: &[Point], resumed_s: Option<f64>) -> Self {
         let last = points.iter().map(|point| point.sent_s).fold(0.1, f64::max);
-        let (from_s, to_s) = if fault {
-            let resumed = points
-                .iter()
-                .map(|point| point.answered_s)
-                .filter(|t| *t > live_s.unwrap_or(0.0));
-            let resumed = resumed.fold(f64::INFINITY, f64::min);
-            let effects = if resumed.is_finite() { resumed } else { last };
-            (-1.0, (effects * 1.5).max(1.5).min(last.max(0.1)))
-        } else {
-            (0.0, last)
+        let (from_s, to_s) = match resumed_s {
+            Some(resumed_s) => (-1.0, (resumed_s * 1.5).max(1.5).min(last)),
+            None => (0.0, last),
         };
         let seen = || {
             points
@@ -239,6 +244,25 @@ fn tick_step(span_s: f64) -> f64 {
         .unwrap_or(30.0)
 }
 
+/// What the colours mean, at the lower right.
+fn legend(out: &mut String) {
+    let y = HEIGHT - 14.0;
+    for (x, colour, meaning) in [
+        (WIDTH - 290.0, ORANGE, "met the outage"),
+        (WIDTH - 160.0, BLUE, "answered as usual"),
+    ] {
+        draw(
+            out,
+            format_args!(
+                r##"<rect x="{x}" y="{ry}" width="8" height="8" rx="4" fill="{colour}"/>
+<text x="{tx}" y="{y}" font-size="12" fill="#4b5563">{meaning}</text>"##,
+                ry = y - 8.0,
+                tx = x + 14.0,
+            ),
+        );
+    }
+}
+
 /// The outage: from the fault until the survivor was live.
 fn band(out: &mut String, scale: &Scale, live_s: f64) {
     let (x, to) = (scale.x(0.0), scale.x(live_s));
@@ -271,4 +295,110 @@ fn marker(out: &mut String, scale: &Scale, t_s: f64, name: &str, colour: &str, r
             ty = y + 2.0,
         ),
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::faults::{Fault, FaultPlan, Moment};
+    use crate::judge::{Connection, Exchange, Verdict};
+    use crate::ledger::{Answer, GENESIS, Op, Request, Status};
+
+    const MS: u64 = 1_000_000;
+
+    /// Eight seconds at 100 records a second; nothing is answered from 4.003 s to `resumed_ms`.
+    fn transcript(resumed_ms: u64) -> Transcript {
+        let exchange = |n: u64| {
+            let due_ns = n * 10 * MS;
+            let usual = due_ns + 900_000 + (n * 7919 % 13) * 60_000;
+            let cut = (4003 * MS..resumed_ms * MS).contains(&usual);
+            let answered = if cut {
+                resumed_ms * MS + (n - 400) * 10_000
+            } else {
+                usual
+            };
+            let answer = Answer {
+                status: Status::Ok,
+                n,
+                uptime_ns: n,
+                hash: GENESIS,
+                payload: vec![],
+            };
+            Exchange {
+                request: Request {
+                    op: Op::Append,
+                    n,
+                    payload: vec![],
+                },
+                due_ns,
+                sent_ns: Some(due_ns),
+                answer: Some((answer, answered)),
+            }
+        };
+        Transcript {
+            exchanges: (1..=800).map(exchange).collect(),
+            connection: Connection::Intact,
+        }
+    }
+
+    fn drawn(fault: Fault, transcript: &Transcript, timeline: &Timeline) -> String {
+        let plan = FaultPlan::At(
+            fault,
+            Moment {
+                answers: 400,
+                offset: std::time::Duration::ZERO,
+            },
+        );
+        let verdict = Verdict {
+            requests: 800,
+            replies: 800,
+            same_connection: true,
+            chain_ok: true,
+            ..Verdict::default()
+        };
+        let report = Report::new(&plan, 7, transcript, &verdict, &[], &[], timeline);
+        svg(&report, transcript, timeline)
+    }
+
+    #[test]
+    fn fault_and_what_followed_are_marked() {
+        let timeline = Timeline {
+            fault_ns: Some(4003 * MS),
+            detect_ns: Some(4207 * MS),
+            go_live_ns: Some(4219 * MS),
+        };
+        let picture = drawn(Fault::KillPrimary, &transcript(4300), &timeline);
+        if let Some(file) = std::env::var_os("FT_PICTURE") {
+            std::fs::write(file, &picture).expect("written");
+        }
+        assert!(picture.contains(">fault</text>"));
+        assert!(picture.contains(">suspected after 204 ms</text>") && picture.contains(">live after 216 ms</text>"));
+        assert_eq!(
+            picture.matches(&format!(r#"r="2.6" fill="{ORANGE}""#)).count(),
+            30,
+            "records that met the outage"
+        );
+        assert!(!picture.contains("NaN") && !picture.contains("inf"));
+    }
+
+    #[test]
+    fn runs_without_fault_or_without_answers_have_a_picture_too() {
+        let whole = drawn(Fault::None, &transcript(0), &Timeline::default());
+        assert_eq!(whole.matches("<circle").count(), 800);
+        assert!(!whole.contains(">fault</text>"));
+        let empty = Transcript {
+            exchanges: vec![],
+            connection: Connection::Silent,
+        };
+        for timeline in [
+            Timeline::default(),
+            Timeline {
+                fault_ns: Some(1),
+                ..Timeline::default()
+            },
+        ] {
+            let picture = drawn(Fault::Partition, &empty, &timeline);
+            assert!(!picture.contains("NaN") && !picture.contains("inf"), "{picture}");
+        }
+    }
 }

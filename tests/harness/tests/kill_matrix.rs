@@ -1,1 +1,69 @@
-//! (under construction)
+//! One host dies at a chosen point of its work; the witness judges what is left.
+//!
+//! The binaries are built with `crash-points`: whoever reaches the point named in `FT_CRASH_AT` for the n-th time kills its
+//! process group, which is its host. No cable is pulled here: the dead host's kernel closes its connections, so that both
+//! ways to lose a host are tested, this one and the demo's.
+
+mod lab;
+
+use ft_harness::faults::FaultPlan;
+use ft_harness::topology::HostId;
+use lab::{Build, run, setup};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Seeded times at which each point is tried, besides the chosen ones.
+const SEEDED: usize = 2;
+
+/// Dies at `point` on `host` for each of `chosen` and for seeded times in `1..=up_to`.
+fn dies(host: HostId, point: &str, chosen: &[u64], up_to: u64) {
+    let seed = point
+        .bytes()
+        .fold(u64::from(host == HostId::B), |seed, byte| seed * 31 + u64::from(byte));
+    let mut chance = ChaCha8Rng::seed_from_u64(seed);
+    let seeded: Vec<u64> = (0..SEEDED).map(|_| chance.random_range(2..=up_to)).collect();
+    println!("host {host} dies at {point}: seed {seed}, times {chosen:?} and {seeded:?}");
+    for nth in chosen.iter().chain(&seeded) {
+        let plan = FaultPlan::CrashPoint {
+            host,
+            at: format!("{point}:{nth}"),
+        };
+        let outcome = run(&setup(Build::Variant("crash-points"), seed, plan), |outcome| {
+            outcome.report.good()
+        });
+        assert_eq!(outcome.report.replies, outcome.report.requests);
+    }
+}
+
+macro_rules! matrix {
+    ($($test:ident: $host:ident at $point:literal, $chosen:expr, up to $up_to:literal;)*) => {
+        $(
+            #[test]
+            fn $test() {
+                dies(HostId::$host, $point, &$chosen, $up_to);
+            }
+        )*
+    };
+}
+
+matrix! {
+    primary_before_a_kick: A at "shim.kick.before", [1], up to 300;
+    primary_after_a_kick: A at "shim.kick.after", [1], up to 300;
+    primary_before_a_delivery: A at "shim.deliver.before", [1], up to 300;
+    primary_after_a_delivery: A at "shim.deliver.after", [1], up to 300;
+    primary_before_a_send: A at "log.send.before", [1], up to 300;
+    primary_after_a_send: A at "log.send.after", [1], up to 300;
+    primary_before_a_commit: A at "log.commit.before", [1], up to 150;
+    primary_after_a_commit: A at "log.commit.after", [1], up to 150;
+    primary_before_a_release: A at "net.release.before", [1], up to 100;
+    primary_after_a_release: A at "net.release.after", [1], up to 100;
+    primary_before_a_write: A at "blk.write.before", [1], up to 140;
+    primary_after_a_write: A at "blk.write.after", [1], up to 140;
+    primary_before_a_flush: A at "blk.flush.before", [1], up to 100;
+    primary_after_a_flush: A at "blk.flush.after", [1], up to 100;
+    backup_before_an_acknowledgement: B at "log.ack.before", [1], up to 150;
+    backup_before_a_kick: B at "shim.kick.before", [1], up to 300;
+    backup_after_a_delivery: B at "shim.deliver.after", [1], up to 300;
+    backup_before_a_write: B at "blk.write.before", [1], up to 140;
+    backup_after_a_flush: B at "blk.flush.after", [1], up to 100;
+}

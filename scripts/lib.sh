@@ -1,0 +1,95 @@
+# Shared by scripts/demo, scripts/test and scripts/bench; sourced, not run.
+# shellcheck shell=bash
+
+set -euo pipefail
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+guest_elf=$repository/guest/ledger/target/x86_64-unknown-linux-gnu/release/ledger
+# shellcheck disable=SC2034 # for those who source this
+release_dir=${CARGO_TARGET_DIR:-$repository/target}/release
+
+die() {
+  echo "${0##*/}: $*" >&2
+  exit 3
+}
+
+# Installs a Debian package for a missing command, or says what to install.
+need_command() {
+  local command=$1 package=$2
+  command -v "$command" >/dev/null && return
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "installing $package" >&2
+    { apt-get install -qq -y "$package" || { apt-get update -qq && apt-get install -qq -y "$package"; }; } \
+      >/dev/null 2>&1 || die "\`apt-get install $package\` failed; it is needed for \`$command\`"
+    return
+  fi
+  die "\`$command\` is missing: install the package $package (Debian, Ubuntu: apt-get install $package)"
+}
+
+# The newest of the rust-version fields: the workspace's and the guest's.
+rust_version_needed() {
+  sed -n 's/^rust-version = "\(.*\)"/\1/p' "$repository/Cargo.toml" "$repository/guest/ledger/Cargo.toml" | sort -V | tail -n 1
+}
+
+need_cargo() {
+  local needed found
+  needed=$(rust_version_needed)
+  command -v cargo >/dev/null || [ ! -x "$HOME/.cargo/bin/cargo" ] || PATH=$HOME/.cargo/bin:$PATH
+  command -v cargo >/dev/null || die "cargo is missing: install Rust $needed or newer with rustup (https://rustup.rs)"
+  found=$(rustc --version | sed -n 's/^rustc \([0-9.]*\).*/\1/p')
+  [ "$(printf '%s\n' "$needed" "$found" | sort -V | head -n 1)" = "$needed" ] ||
+    die "Rust $found is too old, $needed is needed: \`rustup update stable\` (https://rustup.rs)"
+}
+
+need_tools() {
+  # Root's own directories are not in every user's PATH, and `ip` is there.
+  PATH=$PATH:/usr/sbin:/sbin
+  need_command ip iproute2
+  need_command unshare util-linux
+  need_command cc gcc
+  need_cargo
+}
+
+# The devices a machine needs, with one clear line for each way to be without them.
+need_devices() {
+  local device
+  for device in /dev/kvm /dev/net/tun; do
+    [ -e "$device" ] || die "$device is missing: $(device_advice "$device")"
+    { [ -r "$device" ] && [ -w "$device" ]; } ||
+      die "$device may not be opened by user $(id -un): run as root, or let that user in ($(access_advice "$device"))"
+  done
+}
+
+device_advice() {
+  case $1 in
+    /dev/kvm) echo "load kvm_intel or kvm_amd (virtualization enabled in the firmware), or switch nested virtualization on" ;;
+    *) echo "load the module tun" ;;
+  esac
+}
+
+access_advice() {
+  case $1 in
+    /dev/kvm) echo "usermod -aG kvm $(id -un), then log in again" ;;
+    *) echo "chmod 666 $1" ;;
+  esac
+}
+
+# Runs a command as root of the laboratory: as it is for root, otherwise in a user namespace.
+in_lab() {
+  if [ "$(id -u)" = 0 ]; then
+    "$@"
+    return
+  fi
+  unshare --user --map-root-user --net true 2>/dev/null ||
+    die "this user may not create user namespaces: run as root, or allow them (sysctl kernel.unprivileged_userns_clone=1; on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0)"
+  unshare --user --map-root-user -- "$@"
+}
+
+build_guest() {
+  (cd "$repository/guest/ledger" && cargo build --release --locked "$@")
+  [ -f "$guest_elf" ] || die "the guest was built, but $guest_elf is missing"
+}
+
+build_release() {
+  (cd "$repository" && cargo build --release --locked --workspace "$@")
+}

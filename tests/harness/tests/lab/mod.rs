@@ -1,0 +1,76 @@
+//! What the real-process tests share: where the binaries are, and a run whose files stay when it goes wrong.
+
+use std::path::PathBuf;
+
+use ft_harness::faults::FaultPlan;
+use ft_harness::scenario::{self, Outcome, Setup};
+
+/// Which build of the daemons to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "each test file uses some of them")]
+pub(crate) enum Build {
+    /// The one that is shipped.
+    Release,
+    /// A test-only one, by the name of its feature.
+    Variant(&'static str),
+}
+
+impl Build {
+    /// The directory of its binaries.
+    pub(crate) fn directory(self) -> PathBuf {
+        match self {
+            Self::Release => variable("FT_BIN_DIR"),
+            Self::Variant(feature) => variable("FT_VARIANTS_DIR").join(feature),
+        }
+    }
+}
+
+/// A path handed in by scripts/test.
+pub(crate) fn variable(name: &str) -> PathBuf {
+    let value = std::env::var_os(name).unwrap_or_else(|| {
+        panic!("{name} is not set: scripts/test sets FT_BIN_DIR, FT_VARIANTS_DIR and FT_GUEST for these tests")
+    });
+    PathBuf::from(value)
+}
+
+/// A short run.
+pub(crate) fn setup(build: Build, seed: u64, plan: FaultPlan) -> Setup {
+    Setup {
+        bin_dir: build.directory(),
+        guest: variable("FT_GUEST"),
+        seed,
+        records: 150,
+        rate: 250,
+        plan,
+        ft_log_arguments: Vec::new(),
+        verbose: false,
+    }
+}
+
+/// Carries a run out. When `satisfied` does not hold its files are kept and named.
+pub(crate) fn run(setup: &Setup, satisfied: impl FnOnce(&Outcome) -> bool) -> Outcome {
+    let mut directory = tempfile::Builder::new()
+        .prefix("ft-lab-")
+        .tempdir()
+        .expect("a directory");
+    let name = setup.plan.name();
+    let outcome = scenario::run(setup, directory.path()).unwrap_or_else(|error| {
+        directory.disable_cleanup(true);
+        panic!(
+            "{name}, seed {}: {error}\nfiles: {}",
+            setup.seed,
+            directory.path().display()
+        )
+    });
+    println!("{}", outcome.report.text(&setup.plan));
+    if !satisfied(&outcome) {
+        directory.disable_cleanup(true);
+        panic!(
+            "{name}, seed {}:\n{}files: {}",
+            setup.seed,
+            outcome.report.text(&setup.plan),
+            directory.path().display()
+        );
+    }
+    outcome
+}
