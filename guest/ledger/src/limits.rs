@@ -3,7 +3,9 @@
 /// Longest payload of a record, in bytes.
 pub const PAYLOAD_BYTES_MAX: usize = 256;
 /// Clients connected at the same time.
-pub const SESSIONS_MAX: usize = 16;
+pub const SESSIONS_MAX: usize = 32;
+/// Sessions kept free for new clients, if closed connections in TIME-WAIT are all that stands in the way.
+pub const LISTENERS_MIN: usize = 8;
 /// Started and not yet answered requests of one client.
 pub const SESSION_PENDING_MAX: usize = 64;
 /// TCP buffers of one client, in bytes.

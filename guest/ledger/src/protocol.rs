@@ -130,7 +130,7 @@ pub struct Answer {
 
 impl Answer {
     /// An answer that carries no hash.
-    pub fn refusal(status: Status, n: u64) -> Answer {
+    pub const fn refusal(status: Status, n: u64) -> Answer {
         Answer {
             status,
             n,

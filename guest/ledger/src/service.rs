@@ -6,7 +6,8 @@ use crate::session::{Round, Session};
 use ledger::chain::Head;
 use ledger::ledger::{Buffers, Ledger};
 use ledger::limits::{
-    ACK_DELAY_MS, POWER_OFF_GRACE_NS, SESSION_IDLE_NS, SESSIONS_MAX, SOCKET_RECEIVE_BYTES, SOCKET_TRANSMIT_BYTES,
+    ACK_DELAY_MS, LISTENERS_MIN, POWER_OFF_GRACE_NS, SESSION_IDLE_NS, SESSIONS_MAX, SOCKET_RECEIVE_BYTES,
+    SOCKET_TRANSMIT_BYTES,
 };
 use smoltcp::iface::{SocketHandle, SocketSet, SocketStorage};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
@@ -28,13 +29,15 @@ static SOCKET_MEMORY: StaticCell<[SocketMemory; SESSIONS_MAX]> = StaticCell::new
     }; SESSIONS_MAX],
 );
 
+static SESSIONS: StaticCell<[Session; SESSIONS_MAX]> = StaticCell::new([const { Session::new() }; SESSIONS_MAX]);
+
 /// The service.
 pub(crate) struct Service {
     port: u16,
     ledger: Ledger<'static>,
     sockets: SocketSet<'static>,
     handles: [SocketHandle; SESSIONS_MAX],
-    sessions: [Session; SESSIONS_MAX],
+    sessions: &'static mut [Session; SESSIONS_MAX],
     /// Who begins first: each in turn.
     turn: usize,
     powering_off: Option<usize>,
@@ -60,7 +63,7 @@ impl Service {
             ledger: Ledger::new(buffers, head, capacity),
             sockets,
             handles,
-            sessions: core::array::from_fn(Session::new),
+            sessions: SESSIONS.take(),
             turn: 0,
             powering_off: None,
             power_off_ns: None,
@@ -79,7 +82,7 @@ impl Service {
         while let Some(completion) = disk.poll() {
             let first = self.ledger.committed().n + 1;
             if let Some(settled) = self.ledger.complete(completion, disk) {
-                for session in &mut self.sessions {
+                for session in self.sessions.iter_mut() {
                     session.settle(|n| self.ledger.append_answer(n, first, settled));
                 }
             }
@@ -90,6 +93,7 @@ impl Service {
             let socket = self.sockets.get_mut::<Socket<'_>>(self.handles[index]);
             if socket.may_send() || socket.may_recv() {
                 let mut round = Round {
+                    session: index,
                     now_ns,
                     ledger: &mut self.ledger,
                     disk,
@@ -104,26 +108,41 @@ impl Service {
 
     /// Sessions whose client is gone listen again.
     fn listen(&mut self, now_ns: u64) {
-        for (handle, session) in self.handles.iter().zip(&mut self.sessions) {
+        let mut listening = self.count(State::Listen);
+        for (handle, session) in self.handles.iter().zip(self.sessions.iter_mut()) {
             let socket = self.sockets.get_mut::<Socket<'_>>(*handle);
-            // A socket that was aborted keeps the endpoint until its RST is out.
-            if socket.state() == State::Closed && socket.remote_endpoint().is_none() {
-                session.reset(now_ns, &mut self.ledger);
+            let free = match socket.state() {
+                // A socket that was aborted keeps the endpoint until its RST is out.
+                State::Closed => socket.remote_endpoint().is_none(),
+                State::TimeWait => listening < LISTENERS_MIN,
+                _ => false,
+            };
+            if free {
+                socket.abort();
                 socket
                     .listen(self.port)
                     .expect("the port is not 0 and the socket is closed");
+                session.reset(now_ns, &mut self.ledger);
+                listening += 1;
             }
         }
+    }
+
+    fn count(&self, state: State) -> usize {
+        self.handles
+            .iter()
+            .filter(|handle| self.sockets.get::<Socket<'_>>(**handle).state() == state)
+            .count()
     }
 
     /// If every session is taken, the one that has been idle longest, and for long enough, makes room. Returns when to look
     /// again.
     pub(crate) fn make_room(&mut self, now_ns: u64) -> Option<u64> {
+        if self.count(State::Listen) > 0 {
+            return None;
+        }
         let mut oldest: Option<usize> = None;
         for (index, session) in self.sessions.iter().enumerate() {
-            if self.sockets.get::<Socket<'_>>(self.handles[index]).state() == State::Listen {
-                return None;
-            }
             if session.is_answered()
                 && oldest.is_none_or(|other| session.active_ns() < self.sessions[other].active_ns())
             {

@@ -23,6 +23,8 @@ enum Pending {
 
 /// What all sessions share in a round.
 pub(crate) struct Round<'a> {
+    /// Whose turn it is.
+    pub(crate) session: usize,
     /// Virtual time.
     pub(crate) now_ns: u64,
     /// The ledger.
@@ -35,30 +37,31 @@ pub(crate) struct Round<'a> {
 
 /// A session.
 pub(crate) struct Session {
-    index: usize,
     pending: [Pending; SESSION_PENDING_MAX],
     first: usize,
     count: usize,
     /// No more requests; close once everything is answered.
     closing: bool,
+    /// Whether there is a client.
+    connected: bool,
     active_ns: u64,
 }
 
 impl Session {
     /// A session without a client.
-    pub(crate) fn new(index: usize) -> Self {
+    pub(crate) const fn new() -> Self {
         let none = Pending::Answered(Answer::refusal(Status::BadRequest, 0));
         Session {
-            index,
             pending: [none; SESSION_PENDING_MAX],
             first: 0,
             count: 0,
             closing: false,
+            connected: false,
             active_ns: 0,
         }
     }
 
-    /// Time of the last request.
+    /// Time of the last request, or of the connection.
     pub(crate) fn active_ns(&self) -> u64 {
         self.active_ns
     }
@@ -77,6 +80,7 @@ impl Session {
             self.pop();
         }
         self.closing = false;
+        self.connected = false;
         self.active_ns = now_ns;
     }
 
@@ -92,6 +96,10 @@ impl Session {
 
     /// Begins and answers as much as can be.
     pub(crate) fn step(&mut self, socket: &mut Socket<'static>, round: &mut Round<'_>) {
+        if !self.connected {
+            self.connected = true;
+            self.active_ns = round.now_ns;
+        }
         loop {
             let begun = self.begin(socket, round);
             let answered = self.answer(socket, round);
@@ -120,7 +128,7 @@ impl Session {
 
     /// True if it stopped for want of a place in `pending` or in the transmit buffer.
     fn begin(&mut self, socket: &mut Socket<'static>, round: &mut Round<'_>) -> bool {
-        while !self.closing && round.powering_off.is_none_or(|index| index == self.index) {
+        while !self.closing && round.powering_off.is_none_or(|session| session == round.session) {
             let room = socket.send_capacity() - socket.send_queue();
             if self.count == SESSION_PENDING_MAX || room < (self.count + 1) * ANSWER_BYTES_MAX {
                 return true;
@@ -140,7 +148,7 @@ impl Session {
                 Parsed::Request(request) => request,
             };
             if request.operation == Operation::PowerOff {
-                *round.powering_off = Some(self.index);
+                *round.powering_off = Some(round.session);
             }
             self.active_ns = round.now_ns;
             let own_appends = self.has_appends();

@@ -25,6 +25,7 @@ impl<T> StaticCell<T> {
     ///
     /// # Panics
     /// The second time.
+    #[expect(clippy::mut_from_ref, reason = "the flag makes it the only reference")]
     pub(crate) fn take(&'static self) -> &'static mut T {
         assert!(!self.taken.swap(true, Ordering::Relaxed), "static memory taken twice");
         // SAFETY: the flag lets this happen once, so the reference is the only one.
