@@ -106,7 +106,6 @@ pub struct Ledger<'b> {
     /// The last record that fits.
     n_max: u64,
     group: Group<'b>,
-    /// Hashes of the group that settled last, for its answers.
     reads: [Read; READS_MAX],
     read_sectors: &'b mut [Sector; READS_MAX],
 }
