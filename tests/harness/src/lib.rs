@@ -5,7 +5,7 @@
 //!  (witness)   ┌───┴────┐              a namespace each: client, switch, host A, host B
 //!              │ switch │              [netns], [topology]
 //!              └─┬────┬─┘
-//!       host A ──┘    └── host B       the four real daemons each: [process]
+//!       host A ──┘    └── host B       the four real daemons each: [pair], [process]
 //!       TAP, VM  ═wire═   TAP, VM      what they say: [events]
 //! ```
 //!
@@ -20,6 +20,7 @@ pub mod faults;
 pub mod judge;
 pub mod ledger;
 pub mod netns;
+pub mod pair;
 pub mod picture;
 pub mod process;
 pub mod report;

@@ -103,7 +103,7 @@ fn demo(arguments: &Arguments) -> Result<bool, HarnessError> {
             .collect(),
         verbose: arguments.verbose,
     };
-    setup.check()?;
+    setup.pair().check()?;
     let directory = tempfile::Builder::new()
         .prefix("ft-demo-")
         .disable_cleanup(arguments.keep)

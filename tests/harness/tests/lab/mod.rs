@@ -1,5 +1,7 @@
 //! What the real-process tests share: where the binaries are, and a run whose files stay when it goes wrong.
 
+#![allow(dead_code, reason = "each test file uses some of it")]
+
 use std::path::PathBuf;
 
 use ft_harness::faults::FaultPlan;
@@ -7,7 +9,6 @@ use ft_harness::scenario::{self, Outcome, Setup};
 
 /// Which build of the daemons to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(dead_code, reason = "each test file uses some of them")]
 pub(crate) enum Build {
     /// The one that is shipped.
     Release,
