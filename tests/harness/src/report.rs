@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::clock::ms;
 use crate::events::Event;
-use crate::faults::{Expected, FaultPlan};
+use crate::faults::{Expected, Fault, FaultPlan};
 use crate::judge::{Transcript, Verdict};
 use crate::roles::{FT_LOG, NET, Roles, SHIM};
 use crate::topology::HostId;
@@ -152,13 +152,13 @@ impl Report {
         let mut text = String::new();
         let mut line = |head: &str, body: String| writeln!(text, "  {head:<12}{body}").expect("writing to a String");
         let moment = match plan {
-            FaultPlan::At(fault, moment) if *fault != crate::faults::Fault::None => {
+            FaultPlan::At(fault, moment) if *fault != Fault::None => {
                 format!(", {} µs after answer {}", moment.offset.as_micros(), moment.answers)
             }
             _ => String::new(),
         };
         line("fault", format!("{}, seed {}{moment}", self.fault, self.seed));
-        line("outcome", self.outcome(plan));
+        line(if self.good() { "outcome" } else { "expected" }, self.outcome(plan));
         line(
             "clients",
             format!(
@@ -173,19 +173,17 @@ impl Report {
         };
         line("connection", connection.to_owned());
         if let Some(gap) = self.gap_ms_max {
-            let mut body = format!("longest silence {gap:.1} ms");
+            let mut body = format!("{gap:.1} ms at the longest");
             for (what, value) in [("detected", self.detect_ms), ("live", self.go_live_ms)] {
                 if let Some(value) = value {
                     write!(body, ", {what} after {value:.1} ms").expect("writing to a String");
                 }
             }
-            line("outage", body);
+            line("silence", body);
         }
         if let (Some(p50), Some(p99)) = (self.baseline_ms_p50, self.baseline_ms_p99) {
-            line(
-                "latency",
-                format!("{p50:.2} ms (p50), {p99:.2} ms (p99) before the fault"),
-            );
+            let when = if self.fault == Fault::None.name() { "" } else { " before the fault" };
+            line("latency", format!("{p50:.2} ms (p50), {p99:.2} ms (p99){when}"));
         }
         if let (Some(p50), Some(p99)) = (self.hold_us_p50, self.hold_us_p99) {
             line(
@@ -308,7 +306,7 @@ fn bucket_percentile(buckets: &[(u64, u64)], percent: u64) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::faults::{Fault, Moment};
+    use crate::faults::Moment;
     use crate::judge::{Connection, Exchange};
     use crate::ledger::{Answer, GENESIS, Op, Request, Status};
     use serde_json::json;
