@@ -306,6 +306,11 @@ impl DeviceGate {
         self.doorbell.as_raw_fd()
     }
 
+    /// Takes back the rings of the doorbell so far; call it when the doorbell is readable, and look for a request afterwards.
+    pub fn silence_doorbell(&self) {
+        let _ = self.doorbell.read();
+    }
+
     /// Says whether this side is about to sleep. After `true` look once more for a request before sleeping.
     pub fn set_sleeping(&self, sleeping: bool) {
         self.memory
