@@ -7,4 +7,8 @@
 //!                                                             └► [guest_side]  the half that touches guest memory, pure
 //! ```
 
+pub mod daemon;
+pub mod device;
+pub mod exit;
 pub mod guest_side;
+pub mod session;

@@ -1,0 +1,115 @@
+//! The device thread: one owner of guest memory, queues, disk or TAP, and all their waiting.
+//!
+//! ```text
+//!  [alone]  kick eventfd ─► kick ─► perform ─► completion ─► input ─► deliver at once ─► call eventfd
+//!  [gated]  gate: Kick ─► kick ─► perform ─► completion ─► input ─► log, bounce store ─► gate: Deliver ─► deliver
+//! ```
+//! What differs between a disk and a network is behind [`Device`].
+
+use ft_client::events::Events;
+use ft_protocol::{Committed, Lsn};
+
+use crate::{exit::End, guest_side::GuestSide};
+
+pub mod alone;
+pub mod gated;
+pub mod uring;
+
+pub use uring::{Completion, Uring};
+
+/// Tokens from here on belong to the loop; a device uses smaller ones.
+pub const LOOP_TOKENS: u64 = 1 << 63;
+
+/// Which life the device leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// No ft-log: the guest gets everything at once.
+    Alone,
+    /// Reaches the outside world, and logs what comes from there.
+    Live,
+    /// Repeats what the log says.
+    Follows,
+}
+
+/// Something from outside for the guest.
+#[derive(Debug)]
+pub struct Input {
+    /// Queue it is for.
+    pub queue: u16,
+    /// What [`GuestSide::deliver`] takes.
+    pub payload: Vec<u8>,
+}
+
+/// What a daemon does behind the queues of its device.
+pub trait Device {
+    /// The half that touches guest memory.
+    fn guest(&mut self) -> &mut dyn GuestSide;
+
+    /// The driver took these features.
+    fn set_features(&mut self, _features: u64) {}
+
+    /// The device begins its life.
+    ///
+    /// # Errors
+    /// [`End`], as for all calls here: the daemon ends.
+    fn start(&mut self, life: Life, io: &mut Uring) -> Result<(), End>;
+
+    /// Performs what the last kick drained. `marker` marks its outputs; without one there is nothing to wait for.
+    ///
+    /// # Errors
+    /// [`End`].
+    fn perform(&mut self, marker: Option<Lsn>, io: &mut Uring) -> Result<(), End>;
+
+    /// One of the device's operations finished.
+    ///
+    /// # Errors
+    /// [`End`].
+    fn complete(&mut self, completion: Completion, io: &mut Uring) -> Result<(), End>;
+
+    /// The next input, if something arrived.
+    ///
+    /// # Errors
+    /// [`End`].
+    fn take_input(&mut self, io: &mut Uring) -> Result<Option<Input>, End>;
+
+    /// A payload's buffer comes back.
+    fn recycle(&mut self, payload: Vec<u8>);
+
+    /// An input of the log was delivered while following.
+    fn followed(&mut self) {}
+
+    /// The replay is over: from here on the device is live.
+    ///
+    /// # Errors
+    /// [`End`].
+    fn go_live(&mut self, io: &mut Uring, events: &mut Events) -> Result<(), End>;
+
+    /// Sends the outputs that are committed; gives the marker of the first that is not.
+    ///
+    /// # Errors
+    /// [`End`].
+    fn release(&mut self, _committed: Committed) -> Result<Option<Lsn>, End> {
+        Ok(None)
+    }
+
+    /// Whether another kick may be taken: bounce memory is bounded.
+    fn has_room(&self) -> bool {
+        true
+    }
+
+    /// Whether nothing is in flight.
+    fn is_idle(&self) -> bool;
+
+    /// Does what is due; gives when to be called again, in ns of [`ft_client::events::monotonic_ns`].
+    ///
+    /// # Errors
+    /// [`End`].
+    fn tick(&mut self, _now_ns: u64, _events: &mut Events) -> Result<Option<u64>, End> {
+        Ok(None)
+    }
+}
+
+/// Time left until a deadline.
+fn until(deadline_ns: Option<u64>, now_ns: u64) -> Option<std::time::Duration> {
+    deadline_ns.map(|deadline| std::time::Duration::from_nanos(deadline.saturating_sub(now_ns)))
+}
