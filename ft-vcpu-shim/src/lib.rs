@@ -1,1 +1,15 @@
-//! (under construction)
+//! The smallest VMM that can run a guest on KVM with every nondeterministic input recorded or replayed.
+//!
+//! ```text
+//!  command ─► machine   RAM, CPU, boot
+//!             platform  interrupt controllers, clock, console, virtio transports: pure, deterministic
+//!             device    the device daemons behind their gates, or their guest sides alone
+//!             lockstep  from stop point to stop point; the world or the log decides
+//! ```
+
+pub mod command;
+pub mod device;
+pub mod error;
+pub mod lockstep;
+pub mod machine;
+pub mod platform;

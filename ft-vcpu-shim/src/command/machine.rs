@@ -1,0 +1,111 @@
+//! What `run` and `replay` have in common: the machine before its devices, and its fingerprint.
+
+use std::{path::PathBuf, sync::Arc};
+
+use clap::Args;
+use kvm_bindings::CpuId;
+use kvm_ioctls::Kvm;
+use sha2::{Digest, Sha256};
+
+use crate::{
+    device::{Port, describe},
+    error::Error,
+    lockstep::{
+        execution::{Execution, OnLive},
+        timeline::Timeline,
+    },
+    machine::{
+        boot, cpuid,
+        memory::Ram,
+        vcpu::{Vcpu, guest_cpuid, open_kvm},
+    },
+    platform::{Board, virtio_mmio::Transport},
+};
+
+/// What the guest is.
+#[derive(Args, Clone, Debug)]
+pub struct MachineArgs {
+    /// Guest image: a static ELF for x86-64.
+    #[arg(long, value_name = "ELF")]
+    pub kernel: PathBuf,
+    /// Guest command line.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub cmdline: String,
+    /// Guest memory in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(4..=3072))]
+    pub ram_mib: u32,
+}
+
+/// A machine that is loaded and not yet powered on.
+pub struct Loaded {
+    kvm: Kvm,
+    cpuid: CpuId,
+    entry: u64,
+    /// Its memory.
+    pub ram: Arc<Ram>,
+    /// Digest of everything it starts from.
+    pub fingerprint: [u8; 32],
+}
+
+impl MachineArgs {
+    /// Loads the guest.
+    ///
+    /// # Errors
+    /// No KVM, no memory, or an image that cannot be loaded.
+    pub fn load(&self) -> Result<Loaded, Error> {
+        let kvm = open_kvm()?;
+        let kernel = std::fs::read(&self.kernel).map_err(|source| {
+            Error::environment(format!(
+                "cannot read the guest image {}: {source}. Check --kernel",
+                self.kernel.display()
+            ))
+        })?;
+        let ram = Arc::new(Ram::new(self.ram_mib)?);
+        let entry = boot::load(&ram, &kernel, &self.cmdline)?;
+        let cpuid = guest_cpuid(&kvm)?;
+        let mut hash = Sha256::new();
+        for part in [
+            &kernel[..],
+            self.cmdline.as_bytes(),
+            &self.ram_mib.to_le_bytes(),
+            &cpuid::bytes(&cpuid),
+        ] {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part);
+        }
+        Ok(Loaded {
+            kvm,
+            cpuid,
+            entry,
+            ram,
+            fingerprint: hash.finalize().into(),
+        })
+    }
+}
+
+impl Loaded {
+    /// Powers the machine on with these devices and this timeline.
+    ///
+    /// # Errors
+    /// What KVM refuses, or a log that belongs to another machine.
+    pub fn power_on(
+        self,
+        ports: Vec<Box<dyn Port>>,
+        mut timeline: Box<dyn Timeline>,
+        on_live: OnLive,
+    ) -> Result<Execution, Error> {
+        let descriptions: Vec<_> = ports.iter().map(|port| port.description()).collect();
+        let wall_ns = timeline.boot(&self.fingerprint, &describe::encode(&descriptions))?;
+        let transport = |device: &&describe::Description| {
+            Transport::new(
+                device.device_type,
+                device.features,
+                device.config.clone(),
+                device.queues,
+            )
+        };
+        let board = Board::new(wall_ns, descriptions.iter().map(transport).collect());
+        let vcpu = Vcpu::new(&self.kvm, self.ram, &self.cpuid, self.entry)?;
+        Ok(Execution::new(vcpu, board, ports, timeline, on_live))
+    }
+}

@@ -1,0 +1,5 @@
+//! The subcommands.
+
+pub mod machine;
+pub mod replay;
+pub mod run;

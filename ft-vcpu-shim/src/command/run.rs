@@ -1,0 +1,206 @@
+//! `ft-vcpu-shim run`: one replica of a protected VM. ft-log says whether it records or replays.
+
+use std::{
+    fs::File,
+    io::Read,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use clap::Args;
+use ft_client::{
+    Region,
+    events::Events,
+    handshake::{ShimSession, join_shim, report_failure},
+    log::Ended,
+};
+use ft_protocol::replica::Role;
+use serde_json::json;
+
+use super::machine::MachineArgs;
+use crate::{
+    device::{
+        Port,
+        gated::{GatedPort, Kind},
+    },
+    error::Error,
+    lockstep::{
+        execution::{End, Execution},
+        record::Recorder,
+        replay::Replayer,
+        source::Online,
+        timeline::Timeline,
+    },
+};
+
+/// Flags of `run`.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// Name of the VM, as ft-log knows it.
+    #[arg(long)]
+    vm: String,
+    /// Socket of ft-log.
+    #[arg(long, value_name = "SOCK")]
+    ft_log: PathBuf,
+    #[command(flatten)]
+    machine: MachineArgs,
+    /// vhost-user socket of vhost-ft-blk.
+    #[arg(long, value_name = "SOCK")]
+    blk: PathBuf,
+    /// vhost-user socket of vhost-ft-net.
+    #[arg(long, value_name = "SOCK")]
+    net: PathBuf,
+    /// File for the guest's console; created or appended to.
+    #[arg(long, value_name = "FILE")]
+    console: Option<PathBuf>,
+    /// File for events, one JSON object a line.
+    #[arg(long, value_name = "FILE")]
+    events: Option<PathBuf>,
+}
+
+fn open_console(path: Option<&Path>) -> Result<File, Error> {
+    let path = path.unwrap_or(Path::new("/dev/null"));
+    File::options().create(true).append(true).open(path).map_err(|source| {
+        Error::environment(format!(
+            "cannot open the console file {}: {source}. Check --console",
+            path.display()
+        ))
+    })
+}
+
+/// Runs a replica to its end.
+///
+/// # Errors
+/// Every way of ending but the guest's own power-off.
+pub fn run(args: &RunArgs) -> Result<(), Error> {
+    let mut events = Events::open("ft-vcpu-shim", args.events.as_deref())
+        .map_err(|source| Error::environment(format!("cannot open the events file: {source}. Check --events")))?;
+    let console = open_console(args.console.as_deref())?;
+    let machine = args.machine.load()?;
+    let session = join_shim(&args.ft_log, &args.vm, &machine.fingerprint)?;
+    let ShimSession {
+        mut stream,
+        region,
+        log,
+        replay,
+        gates,
+    } = session;
+    watch_socket(&stream, Arc::clone(&region))?;
+
+    let role = wait_for_role(&region)?;
+    let mut ports: Vec<Box<dyn Port>> = Vec::new();
+    for gate in gates {
+        let (path, kind) = match gate.device() {
+            name if name.starts_with("blk") => (&args.blk, Kind::BLOCK),
+            name if name.starts_with("net") => (&args.net, Kind::NET),
+            name => {
+                return Err(Error::environment(format!(
+                    "ft-log has a device '{name}' that is neither blk nor net: check its --devices"
+                )));
+            }
+        };
+        ports.push(Box::new(GatedPort::connect(
+            path,
+            kind,
+            gate,
+            Arc::clone(&machine.ram),
+        )?));
+    }
+    let timeline: Box<dyn Timeline> = if role == Role::Replaying || role == Role::GoingLive {
+        Box::new(Replayer::new(
+            Online::new(replay, Arc::clone(&region), log),
+            Some(console),
+        ))
+    } else {
+        events.emit("live", json!({"generation": region.generation().0, "exits": 0}));
+        Box::new(Recorder::new(
+            log,
+            Arc::clone(&region),
+            console,
+            vec![0; ports.len()],
+            0,
+        ))
+    };
+    tracing::info!("VM '{}': {role:?}", args.vm);
+    let live_events = args.events.clone();
+    let on_live = Box::new(
+        move |generation: ft_protocol::Generation, position: &ft_protocol::Position| {
+            tracing::info!("live in generation {generation} at exit {}", position.exits);
+            if let Ok(mut events) = Events::open("ft-vcpu-shim", live_events.as_deref()) {
+                events.emit("live", json!({"generation": generation.0, "exits": position.exits}));
+            }
+        },
+    );
+    let result = machine.power_on(ports, timeline, on_live).and_then(|mut execution| {
+        let end = execution.run()?;
+        report_end(&execution, end);
+        Ok(end)
+    });
+    match result {
+        Ok(end) => {
+            events.emit("power_off", json!({"reset": end == End::Reset}));
+            Ok(())
+        }
+        Err(error) => {
+            if let Error::Diverged(divergence) = &error {
+                events.emit("diverged", json!({"entry": divergence.entry.0, "exits": divergence.recorded.position.exits, "what": divergence.what}));
+            }
+            // An operator reads one cause: where ft-log ended the replica, its log has it.
+            if !matches!(error, Error::Ended(_)) {
+                report_failure(&mut stream, &error.to_string());
+            }
+            Err(error)
+        }
+    }
+}
+
+fn report_end(execution: &Execution, end: End) {
+    let digests = execution.digests();
+    tracing::info!(
+        "the guest ended ({end:?}) at exit {}: exits {:016x} registers {:016x} outputs {:016x}",
+        execution.position().exits,
+        digests.exits,
+        digests.registers,
+        digests.outputs
+    );
+}
+
+/// The first role that says what to do.
+fn wait_for_role(region: &Region) -> Result<Role, Error> {
+    loop {
+        let ticket = region.shim_ticket();
+        match region.role() {
+            Role::Pairing => region.sleep_shim(ticket, Some(Duration::from_millis(500))),
+            role @ (Role::Halted | Role::Off) => return Err(Ended { role }.into()),
+            role => return Ok(role),
+        }
+    }
+}
+
+/// Ends this process with the replica, even while the guest does not exit: a thread waits for the end of ft-log's socket.
+fn watch_socket(stream: &UnixStream, region: Arc<Region>) -> Result<(), Error> {
+    let failed = |source| Error::environment(format!("cannot watch ft-log's socket: {source}"));
+    let mut stream = stream.try_clone().map_err(failed)?;
+    std::thread::Builder::new()
+        .name("ft-log-watch".into())
+        .spawn(move || {
+            let mut byte = [0];
+            while matches!(stream.read(&mut byte), Ok(count) if count > 0) {}
+            match region.role() {
+                // The main thread sees this role itself and ends with success.
+                Role::Off => {}
+                Role::Halted => {
+                    eprintln!("ft-vcpu-shim: halted: ft-log ended this replica, its log says why");
+                    std::process::exit(4);
+                }
+                _ => {
+                    eprintln!("ft-vcpu-shim: ft-log is gone, so this replica is over");
+                    std::process::exit(6);
+                }
+            }
+        })
+        .map_err(failed)?;
+    Ok(())
+}

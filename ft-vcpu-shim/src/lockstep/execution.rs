@@ -1,0 +1,376 @@
+//! One vCPU, run from stop point to stop point. The same code records and replays.
+//!
+//! ```text
+//!   ┌─► KVM_RUN ─► exit: count, digest ─► the access itself (board, kick, time) ─┐
+//!   │                                                                            ▼
+//!   └── interrupt, if one is pending and can enter ◄── what happens at this stop (deliver, time), until nothing more
+//! ```
+//! An exit by a signal is no stop: nothing happened in the guest.
+
+use ft_client::{
+    crash,
+    gate::{Answer, Request},
+};
+use ft_protocol::{Generation, Position, Stop};
+
+use super::{
+    digest::Digests,
+    timeline::{Answered, Happening, Timeline, Waiting},
+};
+use crate::{
+    device::Port,
+    error::Error,
+    machine::vcpu::{Exit, Vcpu},
+    platform::{Board, Effect, virtio_mmio},
+};
+
+const KIND_PORT_WRITE: u8 = 1;
+const KIND_PORT_READ: u8 = 2;
+const KIND_MMIO_WRITE: u8 = 3;
+const KIND_MMIO_READ: u8 = 4;
+const KIND_HALT: u8 = 5;
+
+/// How an execution ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest reset itself.
+    Reset,
+    /// An offline replay came to the end of its log.
+    LogEnd,
+}
+
+/// Told when the execution goes live.
+pub type OnLive = Box<dyn FnMut(Generation, &Position)>;
+
+/// A running machine.
+pub struct Execution {
+    vcpu: Vcpu,
+    board: Board,
+    ports: Vec<Box<dyn Port>>,
+    timeline: Option<Box<dyn Timeline>>,
+    on_live: OnLive,
+    exits: u64,
+    position: Position,
+    digests: Digests,
+    delivered: Vec<u64>,
+    now_ns: u64,
+}
+
+impl Execution {
+    /// A machine at power-on.
+    #[must_use]
+    pub fn new(
+        vcpu: Vcpu,
+        board: Board,
+        ports: Vec<Box<dyn Port>>,
+        timeline: Box<dyn Timeline>,
+        on_live: OnLive,
+    ) -> Self {
+        let delivered = vec![0; ports.len()];
+        Self {
+            vcpu,
+            board,
+            ports,
+            timeline: Some(timeline),
+            on_live,
+            exits: 0,
+            position: Position::default(),
+            digests: Digests::default(),
+            delivered,
+            now_ns: 0,
+        }
+    }
+
+    /// Where the guest is.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// Digests of everything so far.
+    #[must_use]
+    pub fn digests(&self) -> Digests {
+        self.digests
+    }
+
+    fn timeline(&mut self) -> &mut dyn Timeline {
+        self.timeline.as_deref_mut().expect("only taken while going live")
+    }
+
+    fn stop(&self) -> Stop {
+        Stop {
+            position: self.position,
+            digest: self.digests.combined(),
+        }
+    }
+
+    /// Runs until the guest ends or this replica does.
+    ///
+    /// # Errors
+    /// Divergence, a guest that cannot go on, or the end of the replica.
+    pub fn run(&mut self) -> Result<End, Error> {
+        let live = self.timeline().is_live();
+        for port in &mut self.ports {
+            port.call(&Request::Start { live })?;
+        }
+        loop {
+            let exit = self.vcpu.run()?;
+            if exit == Exit::Interrupted {
+                continue;
+            }
+            self.exits += 1;
+            let registers = self.vcpu.registers();
+            self.position = Position {
+                exits: self.exits,
+                offset: 0,
+                rip: registers.rip,
+                rcx: registers.rcx,
+            };
+            self.digests.registers(&registers);
+            if let Some(end) = self.handle(exit)? {
+                return Ok(end);
+            }
+        }
+    }
+
+    fn handle(&mut self, exit: Exit) -> Result<Option<End>, Error> {
+        let mut idle = false;
+        let end = match exit {
+            Exit::PortWrite { port, size } => self.port_write(port, size)?,
+            Exit::PortRead { port, size } => {
+                self.digests.exit(KIND_PORT_READ, u64::from(port), &[]);
+                for unit in self.vcpu.answer().chunks_mut(size) {
+                    self.board.port_read(port, unit);
+                }
+                None
+            }
+            Exit::MmioWrite { address } => self.mmio_write(address)?,
+            Exit::MmioRead { address } => self.mmio_read(address)?,
+            Exit::Halt => {
+                self.digests.exit(KIND_HALT, 0, &[]);
+                idle = true;
+                None
+            }
+            Exit::Shutdown => return Err(self.guest("triple fault")),
+            Exit::Unexpected(what) => return Err(self.guest(&format!("KVM exit {what}"))),
+            Exit::Interrupted => None,
+        };
+        match end {
+            Some(end) => Ok(Some(end)),
+            None => self.settle(idle),
+        }
+    }
+
+    fn guest(&self, reason: &str) -> Error {
+        Error::Guest {
+            position: self.position,
+            reason: reason.into(),
+        }
+    }
+
+    fn port_write(&mut self, port: u16, size: usize) -> Result<Option<End>, Error> {
+        self.digests.exit(KIND_PORT_WRITE, u64::from(port), self.vcpu.data());
+        let units = self.vcpu.data().len() / size;
+        for unit in 0..units {
+            let effect = self
+                .board
+                .port_write(port, &self.vcpu.data()[unit * size..(unit + 1) * size]);
+            if let Some(end) = self.take_effect(effect)? {
+                return Ok(Some(end));
+            }
+        }
+        Ok(None)
+    }
+
+    fn mmio_write(&mut self, address: u64) -> Result<Option<End>, Error> {
+        self.digests.exit(KIND_MMIO_WRITE, address, self.vcpu.data());
+        let effect = self.board.mmio_write(address, self.vcpu.data());
+        self.take_effect(effect)
+    }
+
+    fn mmio_read(&mut self, address: u64) -> Result<Option<End>, Error> {
+        self.digests.exit(KIND_MMIO_READ, address, &[]);
+        if self.board.load_shows_time(address) {
+            let stop = self.stop();
+            match self.ask(|timeline| timeline.now(&stop))? {
+                Some(now_ns) => self.now_ns = now_ns,
+                None => return Ok(Some(End::LogEnd)),
+            }
+        }
+        self.board.mmio_read(address, self.now_ns, self.vcpu.answer());
+        Ok(None)
+    }
+
+    fn take_effect(&mut self, effect: Effect) -> Result<Option<End>, Error> {
+        match effect {
+            Effect::None => Ok(None),
+            Effect::ConsoleLine => self.console(),
+            Effect::PowerOff { reset } => self.power_off(reset),
+            Effect::Virtio(device, effect) => self.virtio(device, effect),
+        }
+    }
+
+    fn console(&mut self) -> Result<Option<End>, Error> {
+        let line = self.board.serial.take_line();
+        let stop = self.stop();
+        let answered = self.ask(|timeline| timeline.console(&stop, &line))?;
+        self.digests.output(xxhash_rust::xxh3::xxh3_64(&line));
+        Ok(answered.map_or(Some(End::LogEnd), |()| None))
+    }
+
+    fn power_off(&mut self, reset: bool) -> Result<Option<End>, Error> {
+        if !self.board.serial.is_empty()
+            && let Some(end) = self.console()?
+        {
+            return Ok(Some(end));
+        }
+        let stop = self.stop();
+        let answered = self.ask(|timeline| timeline.power_off(&stop, reset))?;
+        let end = if reset { End::Reset } else { End::PowerOff };
+        Ok(Some(answered.map_or(End::LogEnd, |()| end)))
+    }
+
+    fn virtio(&mut self, device: usize, effect: virtio_mmio::Effect) -> Result<Option<End>, Error> {
+        match effect {
+            virtio_mmio::Effect::None => {}
+            virtio_mmio::Effect::Activate => {
+                let transport = &self.board.virtio[device];
+                self.ports[device].activate(transport.driver_features(), transport.queues())?;
+            }
+            virtio_mmio::Effect::Reset => self.ports[device].reset()?,
+            virtio_mmio::Effect::Kick(queue) => return self.kick(device, queue),
+        }
+        Ok(None)
+    }
+
+    fn kick(&mut self, device: usize, queue: u16) -> Result<Option<End>, Error> {
+        let stop = self.stop();
+        let Some((marker, generation)) = self.ask(|timeline| timeline.kick(&stop, device, queue))? else {
+            return Ok(Some(End::LogEnd));
+        };
+        let answer = self.ports[device].call(&Request::Kick {
+            queue,
+            marker,
+            generation,
+        })?;
+        self.digests.output(answer.digest);
+        self.interrupt_line(device, answer);
+        crash::point("shim.kick.after");
+        Ok(None)
+    }
+
+    fn interrupt_line(&mut self, device: usize, answer: Answer) {
+        if answer.interrupt {
+            self.board.raise(device);
+        }
+    }
+
+    /// Lets everything happen that happens at this stop, then lets an interrupt in. A halted guest stays here until one can enter.
+    fn settle(&mut self, idle: bool) -> Result<Option<End>, Error> {
+        loop {
+            let can_interrupt = self.vcpu.can_interrupt();
+            let waiting = Waiting {
+                idle: idle && !(can_interrupt && self.board.pic.is_pending()),
+                alarm_ns: self.board.clock.deadline_ns(),
+            };
+            let stop = self.stop();
+            let Some(happening) = self.happening(&stop, waiting)? else {
+                return Ok(Some(End::LogEnd));
+            };
+            if happening == Happening::Nothing {
+                break;
+            }
+            self.apply(happening)?;
+        }
+        if self.vcpu.can_interrupt()
+            && let Some(vector) = self.board.pic.acknowledge()
+        {
+            self.digests.interrupt(vector);
+            self.vcpu.interrupt(vector)?;
+        }
+        Ok(None)
+    }
+
+    fn happening(&mut self, stop: &Stop, waiting: Waiting) -> Result<Option<Happening>, Error> {
+        loop {
+            let ports = &self.ports;
+            let timeline = self.timeline.as_deref_mut().expect("only taken while going live");
+            match timeline.next(stop, &|device| ports[device].inputs(), waiting)? {
+                Answered::Value(happening) => return Ok(Some(happening)),
+                Answered::EndOfLog(generation) => {
+                    if !self.go_live(generation)? {
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+    }
+
+    fn apply(&mut self, happening: Happening) -> Result<(), Error> {
+        match happening {
+            Happening::Nothing => {}
+            Happening::Time(now_ns) => {
+                self.now_ns = now_ns;
+                self.board.advance_time(now_ns);
+            }
+            Happening::Deliver { device, through } => {
+                let answer = self.ports[device].call(&Request::Deliver { through })?;
+                self.delivered[device] = through;
+                self.interrupt_line(device, answer);
+                crash::point("shim.deliver.after");
+            }
+            Happening::DeliverLogged { device, inputs } => {
+                for input in inputs {
+                    let request = Request::DeliverLogged {
+                        sequence: input.sequence,
+                        queue: input.queue,
+                        payload: &input.payload,
+                    };
+                    let answer = self.ports[device].call(&request)?;
+                    self.delivered[device] = input.sequence;
+                    self.interrupt_line(device, answer);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the timeline; if its log is over, goes live and asks the successor. `None`: there is none.
+    fn ask<T>(
+        &mut self,
+        question: impl Fn(&mut dyn Timeline) -> Result<Answered<T>, Error>,
+    ) -> Result<Option<T>, Error> {
+        loop {
+            match question(self.timeline())? {
+                Answered::Value(value) => return Ok(Some(value)),
+                Answered::EndOfLog(generation) => {
+                    if !self.go_live(generation)? {
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The replay is over: what was logged and not delivered is delivered now, then the devices reach the outside world.
+    fn go_live(&mut self, generation: Generation) -> Result<bool, Error> {
+        let replay = self.timeline.take().expect("only taken here");
+        let Some((undelivered, timeline)) = replay.go_live(&self.delivered) else {
+            return Ok(false);
+        };
+        self.timeline = Some(timeline);
+        for (device, inputs) in undelivered.into_iter().enumerate() {
+            self.apply(Happening::DeliverLogged { device, inputs })?;
+        }
+        for (port, delivered) in self.ports.iter_mut().zip(&self.delivered) {
+            port.call(&Request::GoLive {
+                inputs: *delivered,
+                generation,
+            })?;
+        }
+        (self.on_live)(generation, &self.position);
+        Ok(true)
+    }
+}

@@ -1,0 +1,14 @@
+//! Lockstep: one execution, recorded or replayed (DESIGN part 4).
+//!
+//! ```text
+//!  execution ── asks ──► timeline ◄── record: the world decides, the log is told
+//!                                 ◄── replay: the log decides, differences end it
+//! ```
+
+pub mod digest;
+pub mod divergence;
+pub mod execution;
+pub mod record;
+pub mod replay;
+pub mod source;
+pub mod timeline;

@@ -1,0 +1,197 @@
+//! Recording: the world decides, and every decision is logged before it takes effect.
+
+use std::{collections::VecDeque, fs::File, io::Write, sync::Arc, time::Duration};
+
+use ft_client::{
+    LogWriter, Region, crash,
+    events::{monotonic_ns, wall_ns},
+};
+use ft_protocol::{Body, DeviceId, Generation, Held, Lsn, Stop, replica::Role};
+
+use super::timeline::{Answered, Happening, LoggedInput, Timeline, Waiting};
+use crate::error::Error;
+
+/// A backup may replay up to the last entry only: without any for this many exits, one is made for it.
+const SYNC_EXITS: u64 = 4096;
+/// How often an idle shim looks for commits of held console lines; there is no other wake-up for them.
+const CONSOLE_CHECK: Duration = Duration::from_millis(5);
+/// How long a shim sleeps at most, so that a replica that ended without waking it is noticed.
+const ALIVE_CHECK: Duration = Duration::from_millis(500);
+
+/// The recording side's timeline.
+#[derive(Debug)]
+pub struct Recorder {
+    log: LogWriter,
+    region: Arc<Region>,
+    console: File,
+    held_lines: VecDeque<Held<Vec<u8>>>,
+    delivered: Vec<u64>,
+    /// Virtual time minus the host's monotonic clock.
+    offset_ns: i128,
+    last_ns: u64,
+    last_logged_exit: u64,
+}
+
+impl Recorder {
+    /// Starts recording with virtual time `now_ns` and `delivered` inputs by device.
+    #[must_use]
+    pub fn new(log: LogWriter, region: Arc<Region>, console: File, delivered: Vec<u64>, now_ns: u64) -> Self {
+        Self {
+            log,
+            region,
+            console,
+            held_lines: VecDeque::new(),
+            delivered,
+            offset_ns: i128::from(now_ns) - i128::from(monotonic_ns()),
+            last_ns: now_ns,
+            last_logged_exit: 0,
+        }
+    }
+
+    fn virtual_ns(&mut self) -> u64 {
+        let now = i128::from(monotonic_ns()) + self.offset_ns;
+        self.last_ns = u64::try_from(now).unwrap_or(0).max(self.last_ns);
+        self.last_ns
+    }
+
+    fn append(&mut self, stop: &Stop, device: DeviceId, queue: u16, body: &Body<'_>) -> Result<Lsn, Error> {
+        self.last_logged_exit = stop.position.exits;
+        Ok(self.log.append(device, queue, body)?)
+    }
+
+    fn check_role(&self) -> Result<(), Error> {
+        match self.region.role() {
+            role @ (Role::Halted | Role::Off) => Err(ft_client::log::Ended { role }.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn release_console(&mut self) {
+        let committed = self.region.committed();
+        while self.held_lines.front().is_some_and(|line| line.is_committed(committed)) {
+            let Some(Ok(line)) = self.held_lines.pop_front().map(|line| line.release(committed)) else {
+                return;
+            };
+            // A console that cannot be written to must not stop the VM.
+            if let Err(error) = self.console.write_all(&line) {
+                tracing::warn!("the console file cannot be written: {error}");
+            }
+        }
+    }
+
+    fn sleep(&mut self, ticket: u32, alarm_ns: Option<u64>) {
+        let mut timeout = ALIVE_CHECK;
+        if !self.held_lines.is_empty() {
+            timeout = CONSOLE_CHECK;
+        }
+        if let Some(alarm) = alarm_ns {
+            timeout = timeout.min(Duration::from_nanos(alarm.saturating_sub(self.virtual_ns())));
+        }
+        self.region.sleep_shim(ticket, Some(timeout));
+    }
+
+    fn happening(
+        &mut self,
+        stop: &Stop,
+        inputs_ready: &dyn Fn(usize) -> u64,
+        alarm_ns: Option<u64>,
+    ) -> Result<Option<Happening>, Error> {
+        for device in 0..self.delivered.len() {
+            let through = inputs_ready(device);
+            if through > self.delivered[device] {
+                crash::point("shim.deliver.before");
+                self.append(stop, DeviceId(device as u8), 0, &Body::Deliver { stop: *stop, through })?;
+                self.delivered[device] = through;
+                return Ok(Some(Happening::Deliver { device, through }));
+            }
+        }
+        if let Some(alarm) = alarm_ns {
+            let now_ns = self.virtual_ns();
+            if now_ns >= alarm {
+                self.append(stop, DeviceId::SHIM, 0, &Body::Time { stop: *stop, now_ns })?;
+                return Ok(Some(Happening::Time(now_ns)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl Timeline for Recorder {
+    fn is_live(&self) -> bool {
+        true
+    }
+
+    fn boot(&mut self, fingerprint: &[u8; 32], devices: &[u8]) -> Result<u64, Error> {
+        let wall_ns = wall_ns();
+        self.log.append(
+            DeviceId::SHIM,
+            0,
+            &Body::Boot {
+                fingerprint: *fingerprint,
+                wall_ns,
+                devices,
+            },
+        )?;
+        Ok(wall_ns)
+    }
+
+    fn now(&mut self, stop: &Stop) -> Result<Answered<u64>, Error> {
+        let now_ns = self.virtual_ns();
+        self.append(stop, DeviceId::SHIM, 0, &Body::Time { stop: *stop, now_ns })?;
+        Ok(Answered::Value(now_ns))
+    }
+
+    fn kick(&mut self, stop: &Stop, device: usize, queue: u16) -> Result<Answered<(Lsn, Generation)>, Error> {
+        crash::point("shim.kick.before");
+        let lsn = self.append(stop, DeviceId(device as u8), queue, &Body::Kick(*stop))?;
+        Ok(Answered::Value((lsn, self.region.generation())))
+    }
+
+    fn console(&mut self, stop: &Stop, line: &[u8]) -> Result<Answered<()>, Error> {
+        let bytes = line.len() as u32;
+        let lsn = self.append(stop, DeviceId::SHIM, 0, &Body::Console { stop: *stop, bytes })?;
+        self.held_lines.push_back(Held::new(lsn, line.to_vec()));
+        self.release_console();
+        Ok(Answered::Value(()))
+    }
+
+    fn power_off(&mut self, stop: &Stop, reset: bool) -> Result<Answered<()>, Error> {
+        self.append(stop, DeviceId::SHIM, 0, &Body::PowerOff { stop: *stop, reset })?;
+        loop {
+            let ticket = self.region.shim_ticket();
+            self.release_console();
+            match self.region.role() {
+                Role::Off => return Ok(Answered::Value(())),
+                role @ Role::Halted => return Err(ft_client::log::Ended { role }.into()),
+                _ => self.sleep(ticket, None),
+            }
+        }
+    }
+
+    fn next(
+        &mut self,
+        stop: &Stop,
+        inputs_ready: &dyn Fn(usize) -> u64,
+        waiting: Waiting,
+    ) -> Result<Answered<Happening>, Error> {
+        loop {
+            let ticket = self.region.shim_ticket();
+            self.check_role()?;
+            self.release_console();
+            if let Some(happening) = self.happening(stop, inputs_ready, waiting.alarm_ns)? {
+                return Ok(Answered::Value(happening));
+            }
+            if !waiting.idle {
+                if stop.position.exits - self.last_logged_exit.min(stop.position.exits) >= SYNC_EXITS {
+                    self.append(stop, DeviceId::SHIM, 0, &Body::Sync(*stop))?;
+                }
+                return Ok(Answered::Value(Happening::Nothing));
+            }
+            self.sleep(ticket, waiting.alarm_ns);
+        }
+    }
+
+    fn go_live(self: Box<Self>, _delivered: &[u64]) -> Option<(Vec<Vec<LoggedInput>>, Box<dyn Timeline>)> {
+        None
+    }
+}

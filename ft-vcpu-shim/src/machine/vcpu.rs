@@ -1,0 +1,227 @@
+//! The KVM wrapper: one VM, one vCPU, exits as plain values. One of the homes of `unsafe`.
+
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_interrupt, kvm_regs, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, SyncReg, VcpuExit, VcpuFd, VmFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+
+use super::{boot, cpuid, memory::Ram};
+use crate::error::Error;
+
+mod request {
+    //! The one ioctl that kvm-ioctls does not wrap.
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        reason = "the macro makes a public function without documentation"
+    )]
+    use kvm_bindings::{KVMIO, kvm_interrupt};
+    vmm_sys_util::ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
+}
+
+/// Most bytes that one exit carries here: larger string I/O is split by KVM.
+pub const EXIT_BYTES_MAX: usize = 4096;
+
+/// A VM exit to userspace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// `out`; the bytes are in [`Vcpu::data`], `size` a unit.
+    PortWrite {
+        /// Port.
+        port: u16,
+        /// Bytes of one unit.
+        size: usize,
+    },
+    /// `in`; fill the answer with [`Vcpu::answer`].
+    PortRead {
+        /// Port.
+        port: u16,
+        /// Bytes of one unit.
+        size: usize,
+    },
+    /// A store to an unbacked address.
+    MmioWrite {
+        /// Guest-physical address.
+        address: u64,
+    },
+    /// A load from one; fill the answer with [`Vcpu::answer`].
+    MmioRead {
+        /// Guest-physical address.
+        address: u64,
+    },
+    /// HLT.
+    Halt,
+    /// A signal came; nothing happened in the guest.
+    Interrupted,
+    /// Triple fault.
+    Shutdown,
+    /// Anything else: a guest or KVM that this machine cannot go on with.
+    Unexpected(String),
+}
+
+/// One vCPU and its VM.
+#[derive(Debug)]
+pub struct Vcpu {
+    vcpu: VcpuFd,
+    data: Vec<u8>,
+    /// Where the answer to a read exit goes in the run area, and how long it is.
+    pending: Option<*mut [u8]>,
+    _vm: VmFd,
+    /// Mapped by KVM, so it must outlive the VM.
+    _ram: Arc<Ram>,
+}
+
+fn kvm_failed(what: &str) -> impl Fn(kvm_ioctls::Error) -> Error + '_ {
+    move |source| Error::environment(format!("KVM refused to {what}: {source}"))
+}
+
+/// Opens /dev/kvm.
+///
+/// # Errors
+/// With what to do about it.
+pub fn open_kvm() -> Result<Kvm, Error> {
+    Kvm::new().map_err(|source| {
+        Error::environment(format!(
+            "cannot open /dev/kvm: {source}. Load the kvm_intel or kvm_amd module, or give this user access (group kvm)"
+        ))
+    })
+}
+
+impl Vcpu {
+    /// A VM over `ram` with one vCPU at `entry`, seeing `cpuid`.
+    ///
+    /// # Errors
+    /// Whatever KVM refuses.
+    pub fn new(kvm: &Kvm, ram: Arc<Ram>, cpuid: &CpuId, entry: u64) -> Result<Self, Error> {
+        let vm = kvm.create_vm().map_err(kvm_failed("create a VM"))?;
+        let slot = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size: ram.bytes(),
+            userspace_addr: ram.host_address(),
+        };
+        // SAFETY: the range is the whole mapping of `ram`, which `self` keeps longer than the VM.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(kvm_failed("map guest memory"))?;
+        let mut vcpu = vm.create_vcpu(0).map_err(kvm_failed("create a vCPU"))?;
+        vcpu.set_cpuid2(cpuid).map_err(kvm_failed("set CPUID"))?;
+        let sregs = vcpu.get_sregs().map_err(kvm_failed("read registers"))?;
+        vcpu.set_sregs(&boot::entry_sregs(sregs))
+            .map_err(kvm_failed("set system registers"))?;
+        vcpu.set_regs(&boot::entry_regs(entry))
+            .map_err(kvm_failed("set registers"))?;
+        vcpu.set_sync_valid_reg(SyncReg::Register);
+        Ok(Self {
+            vcpu,
+            data: Vec::with_capacity(EXIT_BYTES_MAX),
+            pending: None,
+            _vm: vm,
+            _ram: ram,
+        })
+    }
+
+    /// Runs the guest to its next exit. The answer to the previous read exit must be given by then.
+    ///
+    /// # Errors
+    /// When KVM cannot run the guest.
+    pub fn run(&mut self) -> Result<Exit, Error> {
+        self.pending = None;
+        self.data.clear();
+        let exit = match self.vcpu.run() {
+            Ok(exit) => exit,
+            Err(errno) if errno.errno() == libc::EINTR || errno.errno() == libc::EAGAIN => {
+                return Ok(Exit::Interrupted);
+            }
+            Err(errno) => return Err(Error::environment(format!("KVM cannot run the guest: {errno}"))),
+        };
+        Ok(match exit {
+            VcpuExit::IoOut(port, data) => {
+                self.data.extend_from_slice(data);
+                let size = self.port_size();
+                Exit::PortWrite { port, size }
+            }
+            VcpuExit::IoIn(port, data) => {
+                self.pending = Some(std::ptr::from_mut(data));
+                let size = self.port_size();
+                Exit::PortRead { port, size }
+            }
+            VcpuExit::MmioWrite(address, data) => {
+                self.data.extend_from_slice(data);
+                Exit::MmioWrite { address }
+            }
+            VcpuExit::MmioRead(address, data) => {
+                self.pending = Some(std::ptr::from_mut(data));
+                Exit::MmioRead { address }
+            }
+            VcpuExit::Hlt => Exit::Halt,
+            VcpuExit::Intr => Exit::Interrupted,
+            VcpuExit::Shutdown => Exit::Shutdown,
+            other => Exit::Unexpected(format!("{other:?}")),
+        })
+    }
+
+    fn port_size(&mut self) -> usize {
+        // SAFETY: the last exit was KVM_EXIT_IO, so `io` is the union's valid member.
+        usize::from(unsafe { self.vcpu.get_kvm_run().__bindgen_anon_1.io.size }).max(1)
+    }
+
+    /// Bytes the guest wrote in the last exit.
+    #[must_use]
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// The bytes to fill for the last read exit; empty after any other.
+    pub fn answer(&mut self) -> &mut [u8] {
+        match self.pending {
+            // SAFETY: the slice lies in the mapped run area of this vCPU, which lives as long as `self`; it stays valid until
+            // the next `run`, which clears `pending`; `&mut self` makes the access exclusive.
+            Some(slice) => unsafe { &mut *slice },
+            None => &mut [],
+        }
+    }
+
+    /// General registers as of the last exit.
+    #[must_use]
+    pub fn registers(&self) -> kvm_regs {
+        self.vcpu.sync_regs().regs
+    }
+
+    /// Whether an interrupt can enter the guest here (IF=1, no shadow, none pending).
+    #[must_use]
+    pub fn can_interrupt(&mut self) -> bool {
+        let run = self.vcpu.get_kvm_run();
+        run.ready_for_interrupt_injection != 0 && run.if_flag != 0
+    }
+
+    /// Makes `vector` enter the guest when it continues.
+    ///
+    /// # Errors
+    /// When KVM has one pending already: the caller's bug.
+    pub fn interrupt(&mut self, vector: u8) -> Result<(), Error> {
+        let interrupt = kvm_interrupt { irq: u32::from(vector) };
+        // SAFETY: the ioctl reads one kvm_interrupt, which outlives the call.
+        let result = unsafe { ioctl_with_ref(&self.vcpu, request::KVM_INTERRUPT(), &interrupt) };
+        if result != 0 {
+            return Err(Error::environment(format!(
+                "KVM refused interrupt {vector}: {}",
+                std::io::Error::last_os_error()
+            )));
+        }
+        // The flag is refreshed only by the next exit; until then nothing more may be injected.
+        self.vcpu.get_kvm_run().ready_for_interrupt_injection = 0;
+        Ok(())
+    }
+}
+
+/// The CPUID table for the guest on this host.
+///
+/// # Errors
+/// When KVM does not say what it supports.
+pub fn guest_cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm_failed("list CPUID"))?;
+    Ok(cpuid::deterministic(supported))
+}

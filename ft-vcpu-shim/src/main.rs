@@ -1,0 +1,55 @@
+//! Command line of the vCPU shim; see docs/interfaces.md §3.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use ft_vcpu_shim::command::{replay, run};
+use tracing_subscriber::EnvFilter;
+
+/// Runs a virtual machine in lockstep, or replays the journal of one.
+#[derive(Parser, Debug)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run one replica of a protected VM: ft-log says whether it records or replays.
+    Run(run::RunArgs),
+    /// Execute a finished journal again, offline, and print the digests at its end.
+    Replay(replay::ReplayArgs),
+}
+
+/// SIGTERM ends this replica in order: nothing here needs flushing, and ft-log sees the socket close.
+extern "C" fn on_terminate(_signal: libc::c_int) {
+    // SAFETY: _exit is async-signal-safe.
+    unsafe { libc::_exit(0) }
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")))
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    let handler = nix::sys::signal::SigHandler::Handler(on_terminate);
+    // SAFETY: the handler only calls _exit.
+    let installed = unsafe { nix::sys::signal::signal(nix::sys::signal::Signal::SIGTERM, handler) };
+    if let Err(errno) = installed {
+        eprintln!("ft-vcpu-shim: cannot handle SIGTERM: {errno}");
+        return ExitCode::from(3);
+    }
+    let result = match Cli::parse().command {
+        Command::Run(args) => run::run(&args),
+        Command::Replay(args) => replay::replay(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ft-vcpu-shim: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
