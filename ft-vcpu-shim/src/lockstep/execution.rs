@@ -15,7 +15,7 @@ use ft_protocol::{Generation, Position, Stop};
 
 use super::{
     digest::Digests,
-    timeline::{Answered, Happening, Timeline, Waiting},
+    timeline::{Answered, Happening, Promotion, Timeline, Waiting},
 };
 use crate::{
     device::Port,
@@ -357,7 +357,7 @@ impl Execution {
     /// The replay is over: what was logged and not delivered is delivered now, then the devices reach the outside world.
     fn go_live(&mut self, generation: Generation) -> Result<bool, Error> {
         let replay = self.timeline.take().expect("only taken here");
-        let Some((undelivered, timeline)) = replay.go_live(&self.delivered) else {
+        let Some(Promotion { undelivered, timeline }) = replay.go_live(&self.delivered) else {
             return Ok(false);
         };
         self.timeline = Some(timeline);

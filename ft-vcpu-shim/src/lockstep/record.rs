@@ -8,7 +8,7 @@ use ft_client::{
 };
 use ft_protocol::{Body, DeviceId, Generation, Held, Lsn, Stop, replica::Role};
 
-use super::timeline::{Answered, Happening, LoggedInput, Timeline, Waiting};
+use super::timeline::{Answered, Happening, Promotion, Timeline, Waiting};
 use crate::error::Error;
 
 /// A backup may replay up to the last entry only: without any for this many exits, one is made for it.
@@ -191,7 +191,7 @@ impl Timeline for Recorder {
         }
     }
 
-    fn go_live(self: Box<Self>, _delivered: &[u64]) -> Option<(Vec<Vec<LoggedInput>>, Box<dyn Timeline>)> {
+    fn go_live(self: Box<Self>, _delivered: &[u64]) -> Option<Promotion> {
         None
     }
 }

@@ -9,7 +9,7 @@ use super::{
     divergence::{Divergence, difference},
     record::Recorder,
     source::{Online, Source},
-    timeline::{Answered, Happening, LoggedInput, Timeline, Waiting},
+    timeline::{Answered, Happening, LoggedInput, Promotion, Timeline, Waiting},
 };
 use crate::error::Error;
 
@@ -314,7 +314,7 @@ impl<S: Successor + 'static> Timeline for Replayer<S> {
         }
     }
 
-    fn go_live(mut self: Box<Self>, delivered: &[u64]) -> Option<(Vec<Vec<LoggedInput>>, Box<dyn Timeline>)> {
+    fn go_live(mut self: Box<Self>, delivered: &[u64]) -> Option<Promotion> {
         let undelivered: Vec<Vec<LoggedInput>> = (0..delivered.len())
             .map(|device| self.take_inputs(device, u64::MAX))
             .collect();
@@ -325,6 +325,6 @@ impl<S: Successor + 'static> Timeline for Replayer<S> {
         let estimate = i128::from(monotonic_ns()).saturating_add(self.offset_ns);
         let now_ns = u64::try_from(estimate).unwrap_or(0).max(self.now_ns);
         let timeline = self.source.succeed(self.console, counts, now_ns)?;
-        Some((undelivered, timeline))
+        Some(Promotion { undelivered, timeline })
     }
 }

@@ -58,6 +58,14 @@ pub struct Waiting {
     pub alarm_ns: Option<u64>,
 }
 
+/// What is left of a replay when its log is over.
+pub struct Promotion {
+    /// Inputs that were logged and not delivered, by device: they are delivered first.
+    pub undelivered: Vec<Vec<LoggedInput>>,
+    /// What goes on.
+    pub timeline: Box<dyn Timeline>,
+}
+
 /// The source of nondeterminism. Every method may log, or take from the log.
 pub trait Timeline {
     /// Whether the devices reach the outside world.
@@ -104,8 +112,8 @@ pub trait Timeline {
         waiting: Waiting,
     ) -> Result<Answered<Happening>, Error>;
 
-    /// After [`Answered::EndOfLog`]: inputs that were logged and not delivered, by device, and the timeline that goes on.
-    /// `delivered[device]` inputs were delivered so far. A timeline that cannot go on (an offline replay) gives `None`.
+    /// After [`Answered::EndOfLog`]: the promotion of this side, which has delivered `delivered[device]` inputs so far. A timeline
+    /// that cannot go on (an offline replay) gives `None`.
     #[must_use]
-    fn go_live(self: Box<Self>, delivered: &[u64]) -> Option<(Vec<Vec<LoggedInput>>, Box<dyn Timeline>)>;
+    fn go_live(self: Box<Self>, delivered: &[u64]) -> Option<Promotion>;
 }
