@@ -1,1 +1,26 @@
-//! (under construction)
+//! `ft-log`: orders, journals and replicates the log of a fault-tolerant VM, and decides with its peer who goes live.
+//!
+//! ```text
+//!              unix socket                    shared-memory rings                     TCP
+//!  shim, devices ──► [clients] ──► [local]        │                  [channel] ◄──────────► peer
+//!                                     └── [merge] ┴─► [daemon] ◄────────┘  │                 ▲
+//!                                                      │  ▲ │              └─► [journal_writer]
+//!                       ft_protocol::Replica ◄─ events ┘  │ └─► [arbiter]        [heartbeat] ─┘ UDP
+//!                                            ── actions ──┘
+//! ```
+//! One thread, one io_uring ([uring]), one loop ([daemon]). The decisions are `ft_protocol`'s.
+
+pub mod arbiter;
+pub mod channel;
+pub mod clients;
+pub mod config;
+pub mod daemon;
+pub mod exit;
+pub mod heartbeat;
+pub mod journal_writer;
+pub mod local;
+pub mod merge;
+mod sockaddr;
+pub mod start;
+pub mod token;
+pub mod uring;

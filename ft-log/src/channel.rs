@@ -1,0 +1,271 @@
+//! The logging channel: one TCP connection, frames both ways.
+//!
+//! ```text
+//!  entries, messages ──► outgoing ──swap──► send in flight (one at a time, the next batch collects meanwhile)
+//!  receive ──► incoming (one fixed buffer) ──► frames ──► replay ring, core
+//! ```
+//! Entries are appended to `outgoing` in place and leave only once the core said so ([`Channel::allow`]).
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    rc::Rc,
+};
+
+use ft_client::crash;
+use ft_protocol::{ids::Generation, limits::FRAME_BYTES_MAX, message::Message};
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt};
+
+use crate::{
+    token::{Done, Ring, Token},
+    uring::Operation,
+};
+
+/// Bytes of the receive buffer: the largest frame and as much again behind it.
+const INCOMING_BYTES: usize = 2 * FRAME_BYTES_MAX;
+/// Unsent bytes above which no more entries are taken from the producers.
+pub const BACKLOG_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// One connection.
+#[derive(Debug)]
+pub struct Channel {
+    number: u32,
+    socket: Rc<OwnedFd>,
+    peer: SocketAddr,
+    outgoing: Vec<u8>,
+    allowed: usize,
+    has_entries: bool,
+    sending: usize,
+    sending_entries: bool,
+    spare: Vec<u8>,
+    /// `None` while a receive is in flight.
+    incoming: Option<Vec<u8>>,
+    start: usize,
+    end: usize,
+    /// Bytes of the stream before `start`.
+    position: u64,
+    is_shut: bool,
+}
+
+/// Socket options of both ends.
+fn prepare(socket: &OwnedFd) -> io::Result<()> {
+    setsockopt(socket, sockopt::TcpNoDelay, &true)?;
+    // Before pairing nothing else tells that the peer's host is gone; afterwards heartbeats are much faster.
+    setsockopt(socket, sockopt::KeepAlive, &true)?;
+    setsockopt(socket, sockopt::TcpKeepIdle, &1)?;
+    setsockopt(socket, sockopt::TcpKeepInterval, &1)?;
+    setsockopt(socket, sockopt::TcpKeepCount, &3)?;
+    Ok(())
+}
+
+impl Channel {
+    /// Takes a connected socket and starts to receive.
+    ///
+    /// # Errors
+    /// As setsockopt(2) and [`Ring::submit`].
+    pub fn new(ring: &mut Ring, number: u32, socket: Rc<OwnedFd>, peer: SocketAddr) -> io::Result<Self> {
+        prepare(&socket)?;
+        let mut channel = Self {
+            number,
+            socket,
+            peer,
+            outgoing: Vec::new(),
+            allowed: 0,
+            has_entries: false,
+            sending: 0,
+            sending_entries: false,
+            spare: Vec::new(),
+            incoming: Some(vec![0; INCOMING_BYTES]),
+            start: 0,
+            end: 0,
+            position: 0,
+            is_shut: false,
+        };
+        channel.receive(ring)?;
+        Ok(channel)
+    }
+
+    /// Its number: completions of an earlier connection are told apart by it.
+    #[must_use]
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// The other end.
+    #[must_use]
+    pub fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    // ---- sending -----------------------------------------------------------------------------------------------------
+
+    /// Queues a control message.
+    pub fn message(&mut self, message: &Message, generation: Generation) {
+        message.encode(generation, &mut self.outgoing);
+        self.allowed = self.outgoing.len();
+    }
+
+    /// Where entries are appended to.
+    pub fn outgoing(&mut self) -> &mut Vec<u8> {
+        &mut self.outgoing
+    }
+
+    /// The entries that were appended may leave.
+    pub fn allow(&mut self) {
+        self.has_entries |= self.allowed < self.outgoing.len();
+        self.allowed = self.outgoing.len();
+    }
+
+    /// Takes back what was appended and not allowed.
+    pub fn retract(&mut self) {
+        self.outgoing.truncate(self.allowed);
+    }
+
+    /// Bytes that the kernel has not taken yet.
+    #[must_use]
+    pub fn backlog(&self) -> usize {
+        self.outgoing.len() + self.sending
+    }
+
+    /// Starts a send of everything that was collected, if none is in flight.
+    ///
+    /// # Errors
+    /// As [`Ring::submit`].
+    pub fn flush(&mut self, ring: &mut Ring) -> io::Result<()> {
+        if self.sending > 0 || self.outgoing.is_empty() || self.is_shut {
+            return Ok(());
+        }
+        debug_assert_eq!(self.allowed, self.outgoing.len());
+        self.sending_entries = std::mem::take(&mut self.has_entries);
+        if self.sending_entries {
+            crash::point("log.send.before");
+        }
+        let bytes = std::mem::replace(&mut self.outgoing, std::mem::take(&mut self.spare));
+        self.allowed = 0;
+        self.sending = bytes.len();
+        ring.submit(
+            Token::ChannelSend(self.number),
+            Operation::Send(Rc::clone(&self.socket), bytes, 0),
+        )
+    }
+
+    /// Takes the completion of a send.
+    ///
+    /// # Errors
+    /// A broken connection.
+    pub fn sent(&mut self, ring: &mut Ring, done: Done) -> io::Result<()> {
+        let mut bytes = done.memory.into_bytes();
+        self.sending -= done.result?;
+        if self.sending > 0 {
+            let from = bytes.len() - self.sending;
+            let rest = Operation::Send(Rc::clone(&self.socket), bytes, from);
+            return ring.submit(Token::ChannelSend(self.number), rest);
+        }
+        bytes.clear();
+        self.spare = bytes;
+        if self.sending_entries {
+            crash::point("log.send.after");
+        }
+        Ok(())
+    }
+
+    // ---- receiving ---------------------------------------------------------------------------------------------------
+
+    /// Takes the completion of a receive; `false` at the end of the stream.
+    ///
+    /// # Errors
+    /// A broken connection.
+    pub fn received(&mut self, done: Done) -> io::Result<bool> {
+        self.incoming = Some(done.memory.into_bytes());
+        let count = done.result?;
+        self.end += count;
+        Ok(count > 0)
+    }
+
+    /// Bytes that were received and not used yet.
+    #[must_use]
+    pub fn unused(&self) -> &[u8] {
+        self.incoming.as_ref().map_or(&[], |bytes| &bytes[self.start..self.end])
+    }
+
+    /// Where in the stream the unused bytes start.
+    #[must_use]
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// `length` more bytes are used.
+    pub fn taken(&mut self, length: usize) {
+        self.start += length;
+        self.position += length as u64;
+        debug_assert!(self.start <= self.end);
+    }
+
+    /// Starts the next receive, if none is in flight.
+    ///
+    /// # Errors
+    /// As [`Ring::submit`].
+    pub fn receive(&mut self, ring: &mut Ring) -> io::Result<()> {
+        let Some(mut bytes) = self.incoming.take() else {
+            return Ok(());
+        };
+        // The rest of a frame moves to the start: then the largest frame always fits behind it.
+        bytes.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+        let operation = Operation::Receive(Rc::clone(&self.socket), bytes, self.end);
+        ring.submit(Token::ChannelReceive(self.number), operation)
+    }
+
+    // ---- the end -----------------------------------------------------------------------------------------------------
+
+    /// Drops what was received: the pair is over.
+    pub fn discard(&mut self) {
+        self.taken(self.end - self.start);
+    }
+
+    /// No more entries are sent; what was queued still leaves, then the stream ends.
+    ///
+    /// # Errors
+    /// As [`Ring::submit`].
+    pub fn wind_down(&mut self, ring: &mut Ring) -> io::Result<()> {
+        self.flush(ring)?;
+        if self.sending == 0 && !self.is_shut {
+            self.is_shut = true;
+            let shut = Operation::Shutdown(Rc::clone(&self.socket), libc::SHUT_WR);
+            ring.submit(Token::Cleanup, shut)?;
+        }
+        Ok(())
+    }
+
+    /// Ends both directions at once; operations in flight complete.
+    ///
+    /// # Errors
+    /// As [`Ring::submit`].
+    pub fn cut(self, ring: &mut Ring) -> io::Result<()> {
+        ring.submit(Token::Cleanup, Operation::Shutdown(self.socket, libc::SHUT_RDWR))
+    }
+}
+
+/// A socket to connect to `peer` with, from `local`: the peer knows this host by that address.
+///
+/// # Errors
+/// As socket(2) and bind(2).
+pub fn socket_for(local: IpAddr, peer: SocketAddr) -> io::Result<OwnedFd> {
+    let family = match peer {
+        SocketAddr::V4(_) => AddressFamily::Inet,
+        SocketAddr::V6(_) => AddressFamily::Inet6,
+    };
+    let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let address = SockaddrStorage::from(SocketAddr::new(local, 0));
+    socket::bind(socket.as_raw_fd(), &address)?;
+    Ok(socket)
+}
+
+/// Who is at the other end of an accepted connection; `None` if it is gone already. A look at kernel memory, not I/O.
+#[must_use]
+pub fn peer_of(socket: &OwnedFd) -> Option<SocketAddr> {
+    let stream = std::net::TcpStream::from(socket.as_fd().try_clone_to_owned().ok()?);
+    stream.peer_addr().ok()
+}

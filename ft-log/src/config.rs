@@ -1,0 +1,179 @@
+//! The command line.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Parser, ValueEnum};
+use ft_protocol::{
+    limits::{DEVICES_MAX, VM_NAME_BYTES_MAX},
+    replica,
+};
+
+/// Which side of the pair this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Side {
+    /// Executes and records; connects to the backup.
+    Primary,
+    /// Replays; listens for the primary.
+    Backup,
+}
+
+/// Orders, journals and replicates the log of a fault-tolerant VM, and decides with its peer who goes live.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "ft-log", version)]
+pub struct Config {
+    /// Name of the VM; the same on both hosts.
+    #[arg(long, value_parser = file_name)]
+    pub vm: String,
+    /// Which side this is.
+    #[arg(long)]
+    pub role: Side,
+    /// Unix socket on which the VM's other processes join.
+    #[arg(long, value_name = "SOCK")]
+    pub socket_path: PathBuf,
+    /// Directory on storage that both hosts share: the arbiter.
+    #[arg(long, value_name = "DIR")]
+    pub arbiter: PathBuf,
+    /// Directory for the journal; without it there is none.
+    #[arg(long, value_name = "DIR")]
+    pub journal: Option<PathBuf>,
+    /// Address of this host: logging channel (TCP) and heartbeats (UDP).
+    #[arg(long, value_name = "IP:PORT", required_unless_present = "alone")]
+    pub listen: Option<SocketAddr>,
+    /// The other host's --listen.
+    #[arg(long, value_name = "IP:PORT", required_unless_present = "alone")]
+    pub peer: Option<SocketAddr>,
+    /// Run without a backup: live from the start, outputs are not held.
+    #[arg(long)]
+    pub alone: bool,
+    /// Name of this host in claims and logs [default: the system's].
+    #[arg(long, value_name = "NAME")]
+    pub host_name: Option<String>,
+    /// Time between two heartbeats.
+    #[arg(long, value_name = "MS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub heartbeat_interval_ms: u64,
+    /// Missed heartbeats after which the peer is suspected.
+    #[arg(long, value_name = "COUNT", default_value_t = 10, value_parser = clap::value_parser!(u32).range(2..=10_000))]
+    pub heartbeat_misses: u32,
+    /// Append events to this file, one JSON object a line.
+    #[arg(long, value_name = "FILE")]
+    pub events: Option<PathBuf>,
+    /// Device daemons of the VM, comma separated; both hosts name them in the same order.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "blk0,net0", value_parser = file_name)]
+    pub devices: Vec<String>,
+}
+
+/// A name that is also used as part of a file name.
+fn file_name(name: &str) -> Result<String, String> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    if name.is_empty() || name.len() > VM_NAME_BYTES_MAX {
+        return Err(format!("a name has 1 to {VM_NAME_BYTES_MAX} characters"));
+    }
+    if name.starts_with('.') || !name.bytes().all(allowed) {
+        return Err("a name consists of A-Z a-z 0-9 . _ - and does not begin with a dot".into());
+    }
+    Ok(name.into())
+}
+
+impl Config {
+    /// Reads the command line; wrong usage ends the process with status 2.
+    #[must_use]
+    pub fn from_command_line() -> Self {
+        let config = Self::parse();
+        if let Err(message) = config.check() {
+            use clap::CommandFactory;
+            Self::command()
+                .error(clap::error::ErrorKind::ValueValidation, message)
+                .exit();
+        }
+        config
+    }
+
+    /// What single options cannot see.
+    fn check(&self) -> Result<(), String> {
+        if self.alone && self.role == Side::Backup {
+            return Err("--alone is for --role primary: a backup alone has nothing to replay".into());
+        }
+        if self.devices.len() > DEVICES_MAX {
+            return Err(format!("--devices: at most {DEVICES_MAX}"));
+        }
+        if let Some(twice) = (1..self.devices.len()).find(|at| self.devices[..*at].contains(&self.devices[*at])) {
+            return Err(format!("--devices: '{}' is there twice", self.devices[twice]));
+        }
+        if let (Some(listen), Some(peer)) = (self.listen, self.peer) {
+            if listen == peer {
+                return Err("--listen and --peer are the same address: --peer is the other host's".into());
+            }
+            if listen.is_ipv4() != peer.is_ipv4() {
+                return Err("--listen and --peer must both be IPv4 or both be IPv6".into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Name of this host.
+    #[must_use]
+    pub fn host(&self) -> String {
+        let system = || {
+            let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+            name.trim().to_owned()
+        };
+        self.host_name.clone().unwrap_or_else(system)
+    }
+
+    /// What the protocol core wants to know.
+    #[must_use]
+    pub fn replica(&self) -> replica::Config {
+        replica::Config {
+            vm: self.vm.clone(),
+            primary: self.role == Side::Primary,
+            alone: self.alone,
+            heartbeat_interval_ns: self.heartbeat_interval_ms * 1_000_000,
+            heartbeat_misses: self.heartbeat_misses,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const USUAL: &[&str] = &[
+        "ft-log",
+        "--vm",
+        "v",
+        "--role",
+        "primary",
+        "--socket-path",
+        "s",
+        "--arbiter",
+        "a",
+    ];
+
+    fn parse(more: &[&str]) -> Result<Config, String> {
+        let config = Config::try_parse_from(USUAL.iter().chain(more)).map_err(|error| error.to_string())?;
+        config.check().map(|()| config)
+    }
+
+    #[test]
+    fn names_become_file_names_and_must_be_safe() {
+        for name in ["ledger", "a.b-c_D9", &"x".repeat(64)] {
+            assert!(file_name(name).is_ok(), "{name}");
+        }
+        for name in ["", ".hidden", "..", "a/b", "a b", "ä", &"x".repeat(65)] {
+            assert!(file_name(name).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn usage_that_cannot_work_is_refused() {
+        let pair = ["--listen", "127.0.0.1:1", "--peer", "127.0.0.1:2"];
+        assert_eq!(parse(&pair).unwrap().devices, ["blk0", "net0"]);
+        assert!(parse(&["--alone"]).is_ok());
+        assert!(parse(&[]).unwrap_err().contains("--listen"));
+        assert!(parse(&["--listen", "127.0.0.1:1", "--peer", "127.0.0.1:1"]).is_err());
+        assert!(parse(&["--listen", "127.0.0.1:1", "--peer", "[::1]:1"]).is_err());
+        assert!(parse(&["--alone", "--devices", "a,b,a"]).unwrap_err().contains("'a'"));
+        assert!(parse(&["--alone", "--devices", "1,2,3,4,5,6,7,8,9"]).is_err());
+        assert!(parse(&["--alone", "--heartbeat-interval-ms", "0"]).is_err());
+    }
+}

@@ -1,0 +1,165 @@
+//! What the core decides, done.
+
+use std::io;
+
+use ft_client::{crash, events::monotonic_ns};
+use ft_protocol::{Action, Committed, Event, Generation, Lsn, Role, Verdict};
+use serde_json::json;
+use tracing::{error, info, warn};
+
+use super::Daemon;
+use crate::{arbiter::Answer, config::Side, exit::Exit};
+
+impl Daemon {
+    /// Takes an event to the core and does what it says; events that follow from that come after it.
+    pub(super) fn handle(&mut self, event: Event) -> io::Result<()> {
+        self.queue.push_back(event);
+        self.handle_queued()
+    }
+
+    pub(super) fn handle_queued(&mut self) -> io::Result<()> {
+        while let Some(event) = self.queue.pop_front() {
+            let exit = self.exit_after(&event);
+            let mut actions = std::mem::take(&mut self.actions);
+            self.replica.step(monotonic_ns(), event, &mut actions);
+            for action in actions.drain(..) {
+                self.perform(action, exit)?;
+            }
+            self.actions = actions;
+        }
+        Ok(())
+    }
+
+    /// Exit status if this event ends the replica.
+    fn exit_after(&self, event: &Event) -> Exit {
+        match event {
+            Event::LocalFailure { .. } => self.failure,
+            Event::Arbiter { .. } => Exit::LostArbitration,
+            _ => Exit::Environment,
+        }
+    }
+
+    fn perform(&mut self, action: Action, exit: Exit) -> io::Result<()> {
+        let generation = self.replica.generation();
+        match action {
+            Action::Send(message) => {
+                if matches!(message, ft_protocol::message::Message::Ack(_)) {
+                    crash::point("log.ack.before");
+                }
+                if let Some(channel) = self.link.channel() {
+                    channel.message(&message, generation);
+                }
+            }
+            Action::SendHeartbeat(message) => {
+                if let Some(heartbeats) = &mut self.heartbeats {
+                    heartbeats.send(&mut self.ring, &message, generation)?;
+                }
+            }
+            Action::SendEntries { .. } => {
+                if let Some(channel) = self.link.channel() {
+                    channel.allow();
+                }
+            }
+            Action::Commit(committed) => self.commit(committed),
+            Action::AskArbiter { generation } => {
+                self.arbiter_warned = false;
+                self.arbiter.ask(&mut self.ring, generation, monotonic_ns())?;
+            }
+            Action::Publish {
+                role,
+                generation,
+                replay_end,
+            } => self.publish(role, generation, replay_end),
+            Action::Suspect { reason } => {
+                warn!("the peer is suspected: {reason}");
+                self.events.emit("suspect", json!({ "reason": reason }));
+            }
+            Action::CloseChannel => self.close_channel()?,
+            Action::Halt { reason } => {
+                error!("halted: {reason}");
+                self.events.emit("halted", json!({ "reason": reason }));
+                self.end(exit)?;
+            }
+            Action::Finish => {
+                info!("the guest powered off");
+                self.events.emit("power_off", json!({}));
+                self.end(Exit::Ordinary)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, committed: Committed) {
+        crash::point("log.commit.before");
+        for device in self.local.region.commit(committed) {
+            self.local.ring_commit(device);
+        }
+        crash::point("log.commit.after");
+    }
+
+    fn publish(&mut self, role: Role, generation: Generation, replay_end: Lsn) {
+        let is_primary = self.config.role == Side::Primary;
+        match role {
+            Role::Recording | Role::Replaying => self.journal.start(generation),
+            Role::GoingLive | Role::Live => self.journal.finish(),
+            _ => {}
+        }
+        if role == Role::Live && !is_primary {
+            // A new generation's log, before anybody may write it.
+            self.local.region.restart_log(Lsn(1));
+            self.local.merger.restart(Lsn(1));
+        }
+        self.local.region.publish(role, generation, replay_end);
+        self.local.ring_all();
+        info!("{role:?}, generation {generation}");
+        match role {
+            Role::Recording | Role::Replaying => {
+                self.events.emit("paired", json!({ "generation": generation.0 }));
+            }
+            Role::GoingLive => self.queue.push_back(Event::Consumed {
+                through: self.local.region.consumed().min(replay_end),
+            }),
+            Role::Live => {
+                if is_primary && !self.config.alone {
+                    self.events.emit("backup_gone", json!({ "generation": generation.0 }));
+                }
+                self.events.emit("go_live", json!({ "generation": generation.0 }));
+            }
+            _ => {}
+        }
+    }
+
+    /// The arbiter's word, for the core and the operator. A trouble that stays is told once.
+    pub(super) fn arbiter_answered(&mut self, answer: Answer) -> io::Result<()> {
+        let Answer {
+            generation,
+            verdict,
+            detail,
+        } = answer;
+        let name = match verdict {
+            Verdict::Won => "won",
+            Verdict::Lost => "lost",
+            Verdict::Unreachable => "unreachable",
+        };
+        let is_new = verdict != Verdict::Unreachable || self.arbiter_trouble.as_ref() != Some(&detail);
+        if is_new {
+            self.events.emit(
+                "arbiter",
+                json!({ "verdict": name, "generation": generation.0, "detail": detail }),
+            );
+        }
+        match verdict {
+            Verdict::Unreachable => {
+                if is_new {
+                    warn!("the arbiter is unreachable: {detail}");
+                }
+                self.arbiter_trouble = Some(detail);
+            }
+            _ => {
+                self.arbiter_trouble = None;
+                info!("arbiter, generation {generation}: {name} {detail}");
+            }
+        }
+        self.handle(Event::Arbiter { generation, verdict })
+    }
+}

@@ -1,0 +1,443 @@
+//! The loop: completions, rings and timers in; what the core decides, out.
+//!
+//! ```text
+//!   ┌─► completions ─► [receive] entries of the peer ──┐
+//!   │   doorbell, spin ─► [record] entries of clients ─┼─► Replica::step ─► [actions]
+//!   │   deadlines ─────────────────────────────────────┘                        │
+//!   └── enter: submit everything, wait if there was nothing ◄── flush ◄─────────┘
+//! ```
+//! One thread owns all of this. It spins for microseconds after work and sleeps in io_uring_enter otherwise.
+
+mod actions;
+mod link;
+mod receive;
+mod record;
+
+use std::{collections::VecDeque, io, os::fd::OwnedFd, rc::Rc};
+
+use ft_client::events::{Events, monotonic_ns};
+use ft_protocol::{Action, Event, Lsn, Replica, Role};
+use serde_json::json;
+use tracing::{info, warn};
+
+use crate::{
+    arbiter::Arbiter,
+    clients::{Clients, News},
+    config::{Config, Side},
+    exit::Exit,
+    heartbeat::Heartbeats,
+    journal_writer::{JournalFailure, JournalWriter},
+    local::Local,
+    merge::Violation,
+    token::{Done, Ring, Token},
+    uring::Operation,
+};
+
+/// Looks at the rings after work before the loop sleeps: a few microseconds.
+const SPINS: u32 = 100;
+/// Between two `log` events.
+const REPORT_NS: u64 = 500_000_000;
+/// Between two looks at a replay ring that is full.
+const FULL_RETRY_NS: u64 = 1_000_000;
+/// How long an end waits for the disk to take the rest of the journal.
+const JOURNAL_END_NS: u64 = 5_000_000_000;
+/// How long an arbiter may be silent before the operator hears of it.
+const ARBITER_SILENCE_NS: u64 = 1_000_000_000;
+/// How long an end may wait for a signal's or doorbell's error to go away.
+const RETRY_NS: u64 = 100_000_000;
+/// struct signalfd_siginfo.
+const SIGNAL_BYTES: usize = 128;
+
+/// What the daemon is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// The ring.
+    pub ring: Ring,
+    /// Where events go.
+    pub events: Events,
+    /// signalfd of SIGTERM and SIGINT.
+    pub signals: OwnedFd,
+    /// Listening unix socket.
+    pub socket: OwnedFd,
+    /// Backup: listening TCP socket.
+    pub listener: Option<OwnedFd>,
+    /// Heartbeats, unless this side runs alone.
+    pub heartbeats: Option<Heartbeats>,
+    /// What local processes share.
+    pub local: Local,
+    /// The arbiter.
+    pub arbiter: Arbiter,
+}
+
+/// Log traffic since the start.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counters {
+    entries: u64,
+    bytes: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Ending {
+    exit: Exit,
+    until_ns: u64,
+}
+
+/// The daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    config: Config,
+    ring: Ring,
+    events: Events,
+    signals: Rc<OwnedFd>,
+    doorbell: Rc<OwnedFd>,
+    clients: Clients,
+    local: Local,
+    replica: Replica,
+    arbiter: Arbiter,
+    arbiter_trouble: Option<String>,
+    arbiter_warned: bool,
+    journal: JournalWriter,
+    heartbeats: Option<Heartbeats>,
+    link: link::Link,
+    /// Received entries wait for room in the replay ring.
+    is_full: bool,
+    queue: VecDeque<Event>,
+    actions: Vec<Action>,
+    news: Vec<News>,
+    scratch: Vec<u8>,
+    counters: Counters,
+    report_at_ns: u64,
+    power_off: Option<Lsn>,
+    /// Exit status of the local failure that is being told to the core.
+    failure: Exit,
+    ending: Option<Ending>,
+}
+
+impl Daemon {
+    /// Puts the parts together and starts to listen.
+    ///
+    /// # Errors
+    /// As [`Ring::submit`].
+    pub fn new(config: Config, parts: Parts) -> io::Result<Self> {
+        let now_ns = monotonic_ns();
+        let connects = config.role == Side::Primary && !config.alone;
+        let mut daemon = Self {
+            clients: Clients::new(&config.vm, parts.socket),
+            replica: Replica::new(config.replica(), now_ns),
+            journal: JournalWriter::new(config.journal.clone(), &config.vm),
+            link: link::Link::new(parts.listener, connects.then_some(now_ns)),
+            doorbell: Rc::new(parts.local.doorbell()?),
+            ring: parts.ring,
+            events: parts.events,
+            signals: Rc::new(parts.signals),
+            local: parts.local,
+            arbiter: parts.arbiter,
+            arbiter_trouble: None,
+            arbiter_warned: false,
+            heartbeats: parts.heartbeats,
+            is_full: false,
+            queue: VecDeque::new(),
+            actions: Vec::new(),
+            news: Vec::new(),
+            scratch: Vec::new(),
+            counters: Counters::default(),
+            report_at_ns: now_ns + REPORT_NS,
+            power_off: None,
+            failure: Exit::LocalFailure,
+            ending: None,
+            config,
+        };
+        daemon.clients.accept(&mut daemon.ring)?;
+        daemon.read_doorbell(vec![0; 8])?;
+        daemon.read_signals(vec![0; SIGNAL_BYTES])?;
+        if let Some(heartbeats) = &mut daemon.heartbeats {
+            heartbeats.receive(&mut daemon.ring)?;
+        }
+        daemon.accept_channel()?;
+        info!(
+            "VM '{}', {:?}, waiting for {} on {}",
+            daemon.config.vm,
+            daemon.config.role,
+            daemon.local.missing().collect::<Vec<_>>().join(", "),
+            daemon.config.socket_path.display()
+        );
+        Ok(daemon)
+    }
+
+    /// Runs until this side is over.
+    ///
+    /// # Errors
+    /// A ring that does not work any more.
+    pub fn run(mut self) -> io::Result<Exit> {
+        loop {
+            let mut worked = false;
+            while let Some(done) = self.ring.next_completion() {
+                self.completed(done)?;
+                worked = true;
+            }
+            worked |= self.record()?;
+            if self.is_full {
+                self.receive_log()?;
+            }
+            let now_ns = monotonic_ns();
+            self.on_time(now_ns)?;
+            self.flush(now_ns)?;
+            if let Some(exit) = self.is_over(now_ns) {
+                self.report();
+                return Ok(exit);
+            }
+            if worked {
+                self.ring.enter(None)?;
+                self.spin();
+            } else {
+                self.sleep()?;
+            }
+        }
+    }
+
+    /// Something often follows at once, and waking up costs more than looking.
+    fn spin(&mut self) {
+        for _ in 0..SPINS {
+            if self.local.merger.is_ready() {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    fn sleep(&mut self) -> io::Result<()> {
+        // Whoever appends after this rings; whoever appended before is seen by the second look.
+        let listens = self.takes_entries();
+        if listens {
+            self.local.merger.set_sleeping(true);
+        }
+        if !(listens && self.local.merger.is_ready()) {
+            let now_ns = monotonic_ns();
+            let wait_ns = self.deadline_ns().saturating_sub(now_ns);
+            self.ring.enter(Some(wait_ns))?;
+        }
+        if listens {
+            self.local.merger.set_sleeping(false);
+        }
+        Ok(())
+    }
+
+    fn completed(&mut self, done: Done) -> io::Result<()> {
+        match done.token {
+            Token::Doorbell => {
+                self.read_doorbell(done.memory.into_bytes())?;
+                self.look_at_consumed()
+            }
+            Token::Signal => {
+                let has_signal = done.result.is_ok();
+                self.read_signals(done.memory.into_bytes())?;
+                if has_signal {
+                    self.fail(Exit::Ordinary, "terminated by the operator".into())?;
+                }
+                Ok(())
+            }
+            Token::LocalAccept => {
+                if let Some(socket) = done.descriptor {
+                    self.clients.accepted(&mut self.ring, socket, monotonic_ns())?;
+                } else if let Err(error) = done.result {
+                    warn!("accepting a local client: {error}");
+                }
+                self.clients.accept(&mut self.ring)
+            }
+            Token::Local(number) => {
+                let mut news = std::mem::take(&mut self.news);
+                self.clients
+                    .received(&mut self.ring, number, done, &mut self.local, &mut news)?;
+                for item in news.drain(..) {
+                    self.heard(item)?;
+                }
+                self.news = news;
+                Ok(())
+            }
+            Token::ChannelAccept => self.channel_accepted(done),
+            Token::ChannelConnect => self.channel_connected(done),
+            Token::ChannelReceive(number) => self.channel_received(number, done),
+            Token::ChannelSend(number) => self.channel_sent(number, done),
+            Token::HeartbeatReceive => {
+                let Some(heartbeats) = &mut self.heartbeats else {
+                    return Ok(());
+                };
+                match heartbeats.received(&mut self.ring, done)? {
+                    Some((generation, message)) => self.handle(Event::Message { generation, message }),
+                    None => Ok(()),
+                }
+            }
+            Token::HeartbeatSend => {
+                if let Some(heartbeats) = &mut self.heartbeats {
+                    heartbeats.sent(done);
+                }
+                Ok(())
+            }
+            Token::Arbiter => match self.arbiter.completed(&mut self.ring, done)? {
+                Some(answer) => self.arbiter_answered(answer),
+                None => Ok(()),
+            },
+            Token::Journal => match self.journal.completed(&mut self.ring, done) {
+                Ok(()) => Ok(()),
+                Err(failure) => self.journal_failed(failure),
+            },
+            Token::Cleanup => Ok(()),
+        }
+    }
+
+    fn read_doorbell(&mut self, bytes: Vec<u8>) -> io::Result<()> {
+        let read = Operation::Read(Rc::clone(&self.doorbell), bytes);
+        self.ring.submit(Token::Doorbell, read)
+    }
+
+    fn read_signals(&mut self, bytes: Vec<u8>) -> io::Result<()> {
+        let read = Operation::Read(Rc::clone(&self.signals), bytes);
+        self.ring.submit(Token::Signal, read)
+    }
+
+    /// What a local client said or did.
+    fn heard(&mut self, news: News) -> io::Result<()> {
+        match news {
+            News::Complete => {
+                info!("all local processes have joined");
+                let fingerprint = self.local.fingerprint();
+                self.handle(Event::LocalReady { fingerprint })
+            }
+            News::Reported { seat, reason } => {
+                let diverged = seat == self.local.shim() && reason.starts_with("diverged");
+                let exit = if diverged { Exit::Diverged } else { Exit::LocalFailure };
+                self.client_failed(exit, format!("{} failed: {reason}", self.local.name(seat)))
+            }
+            News::Garbage { seat } => {
+                let reason = format!("{} sent something that is no report", self.local.name(seat));
+                self.client_failed(Exit::LocalFailure, reason)
+            }
+            News::Ended { seat } => {
+                let reason = format!("{} ended", self.local.name(seat));
+                self.client_failed(Exit::LocalFailure, reason)
+            }
+        }
+    }
+
+    /// A client is gone. What it left in its ring and in the region counts: it may have ended in good order.
+    fn client_failed(&mut self, exit: Exit, reason: String) -> io::Result<()> {
+        while self.record()? {}
+        self.look_at_consumed()?;
+        let guest_is_off = self.config.role == Side::Primary && self.power_off.is_some();
+        if guest_is_off || matches!(self.replica.role(), Role::Off | Role::Halted) {
+            info!("{reason}, after the end of the guest");
+            return Ok(());
+        }
+        self.fail(exit, reason)
+    }
+
+    /// This replica is over, with this exit status.
+    fn fail(&mut self, exit: Exit, reason: String) -> io::Result<()> {
+        self.failure = exit;
+        self.handle(Event::LocalFailure { reason })
+    }
+
+    fn breached(&mut self, violation: Violation) -> io::Result<()> {
+        let name = self.local.name(violation.seat);
+        let reason = format!("{name} broke the rules of the log: {}", violation.breach);
+        self.fail(Exit::LocalFailure, reason)
+    }
+
+    fn journal_failed(&mut self, failure: JournalFailure) -> io::Result<()> {
+        if let JournalFailure::Exists { .. } = failure {
+            return self.fail(Exit::Environment, failure.to_string());
+        }
+        tracing::error!("the journal ends here: {failure}");
+        self.events
+            .emit("journal_failed", json!({ "reason": failure.to_string() }));
+        Ok(())
+    }
+
+    /// The shim rings when it has applied what it must.
+    fn look_at_consumed(&mut self) -> io::Result<()> {
+        if !matches!(self.replica.role(), Role::Replaying | Role::GoingLive) {
+            return Ok(());
+        }
+        let through = self.local.region.consumed().min(self.replica.last());
+        self.handle(Event::Consumed { through })
+    }
+
+    // ---- time --------------------------------------------------------------------------------------------------------
+
+    fn deadline_ns(&self) -> u64 {
+        let full = self.is_full.then(|| monotonic_ns() + FULL_RETRY_NS);
+        let silence = (!self.arbiter_warned)
+            .then(|| self.arbiter.asked_at_ns())
+            .flatten()
+            .map(|asked| asked + ARBITER_SILENCE_NS);
+        [
+            self.replica.deadline_ns(),
+            self.link.deadline_ns(),
+            self.journal.deadline_ns(),
+            self.clients.deadline_ns(),
+            self.ending.map(|ending| ending.until_ns),
+            full,
+            silence,
+        ]
+        .into_iter()
+        .flatten()
+        .fold(self.report_at_ns, u64::min)
+    }
+
+    fn on_time(&mut self, now_ns: u64) -> io::Result<()> {
+        if self.replica.deadline_ns().is_some_and(|at| at <= now_ns) {
+            self.handle(Event::Tick)?;
+        }
+        self.link_on_time(now_ns)?;
+        self.clients.expire(&mut self.ring, now_ns)?;
+        let asked = self.arbiter.asked_at_ns();
+        if !self.arbiter_warned && asked.is_some_and(|asked| now_ns >= asked + ARBITER_SILENCE_NS) {
+            self.arbiter_warned = true;
+            warn!(
+                "{}: the arbiter does not answer; nothing is released until it does",
+                self.config.arbiter.display()
+            );
+        }
+        if now_ns >= self.report_at_ns {
+            self.report_at_ns = now_ns + REPORT_NS;
+            self.report();
+            if self.takes_entries()
+                && let Err(violation) = self.local.merger.check_gap(now_ns)
+            {
+                self.breached(violation)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn report(&mut self) {
+        let Counters { entries, bytes } = self.counters;
+        let ignored = self.heartbeats.as_ref().map_or(0, Heartbeats::ignored);
+        self.events.emit(
+            "log",
+            json!({ "bytes": bytes, "entries": entries, "datagrams_ignored": ignored }),
+        );
+    }
+
+    fn flush(&mut self, now_ns: u64) -> io::Result<()> {
+        self.flush_link()?;
+        self.journal.pump(&mut self.ring, now_ns)
+    }
+
+    fn end(&mut self, exit: Exit) -> io::Result<()> {
+        self.journal.finish();
+        self.close_channel()?;
+        self.ending = Some(Ending {
+            exit,
+            until_ns: monotonic_ns() + JOURNAL_END_NS,
+        });
+        Ok(())
+    }
+
+    /// The end waits for the last messages and for the journal, but not for ever.
+    fn is_over(&self, now_ns: u64) -> Option<Exit> {
+        let ending = self.ending?;
+        let is_quiet = self.journal.is_idle() && self.link.is_quiet();
+        (is_quiet || now_ns >= ending.until_ns).then_some(ending.exit)
+    }
+}

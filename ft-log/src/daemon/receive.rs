@@ -1,0 +1,150 @@
+//! What the peer sends: entries into the shim's replay ring, messages to the core.
+//!
+//! An entry is acknowledged only after it is in the ring. When the ring is full nothing more is received: TCP then stops the
+//! primary.
+
+use std::io;
+
+use ft_client::events::monotonic_ns;
+use ft_protocol::{
+    Event, Lsn, Role,
+    entry::{Body, Entry},
+    frame::{self, KIND_MESSAGE_FIRST},
+    message::Message,
+};
+use tracing::warn;
+
+use super::Daemon;
+use crate::{config::Side, exit::Exit, merge::Batch};
+
+/// Offset of the kind in a frame's header.
+const KIND: usize = 20;
+
+/// Why a run of entries ended.
+enum Stop {
+    /// The next frame is not there yet.
+    Starved,
+    /// The replay ring has no room.
+    Full,
+    /// A control message of this length is next.
+    Message(usize),
+    /// The bytes that are next are not what a peer may send.
+    Damaged(String),
+}
+
+impl Daemon {
+    /// Goes through everything that was received.
+    pub(super) fn receive_log(&mut self) -> io::Result<()> {
+        self.is_full = false;
+        while self.link.channel.is_some() {
+            let stop = self.store_entries()?;
+            // The acknowledgement may have found a gap, or the power-off ended the pair.
+            let Some(channel) = &mut self.link.channel else { break };
+            match stop {
+                Stop::Starved => return channel.receive(&mut self.ring),
+                Stop::Full => {
+                    self.is_full = true;
+                    return Ok(());
+                }
+                Stop::Message(length) => {
+                    let position = channel.position();
+                    let decoded = Message::decode(&channel.unused()[..length]);
+                    channel.taken(length);
+                    match decoded {
+                        Ok((generation, message)) => self.handle(Event::Message { generation, message })?,
+                        Err(error) => return self.damaged(format!("at byte {position}: {error}")),
+                    }
+                }
+                Stop::Damaged(reason) => return self.damaged(reason),
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the entries at the start of what was received into the replay ring, and acknowledges them all at once.
+    fn store_entries(&mut self) -> io::Result<Stop> {
+        let Some(channel) = &mut self.link.channel else {
+            return Ok(Stop::Starved);
+        };
+        let is_follower =
+            self.config.role == Side::Backup && matches!(self.replica.role(), Role::Replaying | Role::Arbitrating);
+        let generation = self.replica.generation();
+        let from = self.replica.last().next();
+        let mut next = from;
+        let mut power_off = None;
+        let received = channel.unused();
+        let mut used = 0;
+        let stop = loop {
+            let rest = &received[used..];
+            let place = || format!("entry {next} at byte {}", channel.position() + used as u64);
+            let length = match frame::peek_length(rest) {
+                Ok(Some(length)) if length <= rest.len() => length,
+                Ok(_) => break Stop::Starved,
+                Err(error) => break Stop::Damaged(format!("{}: {error}", place())),
+            };
+            if rest[KIND] >= KIND_MESSAGE_FIRST {
+                break Stop::Message(length);
+            }
+            let bytes = &rest[..length];
+            let entry = match Entry::decode(bytes) {
+                Ok(entry) => entry,
+                Err(error) => break Stop::Damaged(format!("{}: {error}", place())),
+            };
+            if !is_follower {
+                break Stop::Damaged(format!("{}: this side does not replay", place()));
+            }
+            if entry.lsn != next || entry.generation != generation {
+                break Stop::Damaged(format!(
+                    "{}: entry {} of generation {} came there",
+                    place(),
+                    entry.lsn,
+                    entry.generation
+                ));
+            }
+            if !self.local.replay.fits(length) {
+                break Stop::Full;
+            }
+            self.local.replay.push(length, |out| out.copy_from_slice(bytes));
+            if matches!(entry.body, Body::PowerOff { .. }) {
+                power_off = Some(next);
+            }
+            used += length;
+            next = next.next();
+        };
+        if used > 0 {
+            let journalled = self.journal.append(&received[..used], from, monotonic_ns());
+            channel.taken(used);
+            let through = Lsn(next.0 - 1);
+            let batch = Batch {
+                from,
+                through,
+                power_off,
+            };
+            self.count(batch, used);
+            self.handle(Event::Received {
+                generation,
+                from,
+                through,
+            })?;
+            self.local.region.wake_shim();
+            if let Err(failure) = journalled {
+                self.journal_failed(failure)?;
+            }
+            self.note_power_off(batch)?;
+        }
+        Ok(stop)
+    }
+
+    /// The peer sent what no peer sends. Before pairing that is a stranger on the backup's port; in a pair it is a damaged log,
+    /// and this side cannot go on with it.
+    fn damaged(&mut self, reason: String) -> io::Result<()> {
+        if self.replica.role() == Role::Pairing && self.config.role == Side::Backup {
+            warn!("closed a connection that does not speak this protocol: {reason}");
+            return self.drop_channel();
+        }
+        self.fail(
+            Exit::Environment,
+            format!("what came over the logging channel is damaged: {reason}"),
+        )
+    }
+}

@@ -1,0 +1,74 @@
+//! How this process ends: the exit codes of docs/interfaces.md §3.
+
+use std::{io, net::SocketAddr, path::PathBuf};
+
+use thiserror::Error;
+
+/// Exit status. Wrong usage (2) is clap's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// The guest powered off, or the operator ended this daemon.
+    Ordinary = 0,
+    /// A file, a socket or the peer is missing, refused or broken.
+    Environment = 3,
+    /// The arbiter gave the generation to somebody else.
+    LostArbitration = 4,
+    /// The local replay is not the primary's execution.
+    Diverged = 5,
+    /// A local sibling ended or broke the rules: so did this replica.
+    LocalFailure = 6,
+}
+
+/// Why the daemon cannot start. Each is one line that tells the operator what to do.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// A live daemon has the socket.
+    #[error("{path}: another ft-log is listening on this socket: end it, or give another --socket-path")]
+    SocketInUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something that is not a socket is in its place.
+    #[error("{path}: this file exists and is not a socket: give another --socket-path")]
+    NotASocket {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file or directory cannot be used.
+    #[error("{path}: cannot {what}: {source}")]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// An address cannot be used.
+    #[error("{address}: cannot {what}: {source} (--listen must be a free address of this host)")]
+    Address {
+        /// The address.
+        address: SocketAddr,
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// There is a journal already.
+    #[error("{directory}: the journal of {name} is already here: move it away, or give another --journal")]
+    JournalExists {
+        /// The directory.
+        directory: PathBuf,
+        /// Which journal.
+        name: String,
+    },
+    /// The kernel refuses something.
+    #[error("cannot {what}: {source}")]
+    Kernel {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}

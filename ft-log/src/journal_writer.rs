@@ -1,0 +1,332 @@
+//! Writes the journal, one step at a time, beside the acknowledgement path and never in it.
+//!
+//! ```text
+//!  append ──► the last queued Write (grows) ──► one operation in flight ──► file
+//!             Open, Sync, Close stand in the same queue, so that segments end between entries
+//! ```
+//! The format is `ft_client::journal`'s. A journal that fails, or falls behind by more than [`BACKLOG_BYTES_MAX`], ends with one
+//! clear error; the VM goes on.
+
+use std::{collections::VecDeque, ffi::CString, io, os::fd::OwnedFd, os::unix::ffi::OsStrExt, path::PathBuf, rc::Rc};
+
+use ft_client::journal::{SEGMENT_BYTES, SEGMENT_BYTES_MAX, SEGMENT_HEADER_BYTES, SegmentHeader};
+use ft_protocol::ids::{Generation, Lsn};
+use thiserror::Error;
+
+use crate::{
+    token::{Done, Ring, Token},
+    uring::Operation,
+};
+
+/// A write waits for this many bytes ...
+const WRITE_BYTES: usize = 64 * 1024;
+/// ... or this long, whichever comes first.
+const WRITE_DELAY_NS: u64 = 5_000_000;
+/// Bytes that may wait for the disk.
+const BACKLOG_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Largest batch that one call may append, so that no segment exceeds its limit.
+pub const BATCH_BYTES_MAX: usize = (SEGMENT_BYTES_MAX - SEGMENT_BYTES) as usize;
+
+/// Why the journal ended before its VM.
+#[derive(Debug, Error)]
+pub enum JournalFailure {
+    /// There is one already.
+    #[error("{path}: the journal of this VM and generation is already here: move it away, or give another --journal")]
+    Exists {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file system said no.
+    #[error("{path}: cannot {what}: {source}; the VM goes on without a journal")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The disk is too slow.
+    #[error("{path}: {bytes} bytes wait to be written, the disk does not keep up; the VM goes on without a journal")]
+    Behind {
+        /// The file.
+        path: PathBuf,
+        /// How many.
+        bytes: usize,
+    },
+}
+
+#[derive(Debug)]
+enum Step {
+    Open(SegmentHeader),
+    Write(Vec<u8>),
+    Sync,
+    Close,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Running {
+    Open,
+    Write { from: usize },
+    Sync,
+    Close,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Idle,
+    Open,
+    Ended,
+}
+
+/// The journal of one VM on this host.
+#[derive(Debug)]
+pub struct JournalWriter {
+    directory: Option<PathBuf>,
+    vm: String,
+    state: State,
+    header: SegmentHeader,
+    steps: VecDeque<Step>,
+    running: Option<Running>,
+    file: Option<Rc<OwnedFd>>,
+    path: PathBuf,
+    written: u64,
+    /// Bytes of the current segment, those that wait included.
+    planned: u64,
+    waiting_bytes: usize,
+    waiting_since_ns: u64,
+    spare: Vec<u8>,
+}
+
+impl JournalWriter {
+    /// The journal of `vm` in `directory`; without a directory it takes everything and keeps nothing.
+    #[must_use]
+    pub fn new(directory: Option<PathBuf>, vm: &str) -> Self {
+        let header = SegmentHeader {
+            vm: vm.into(),
+            generation: Generation(0),
+            index: 0,
+            first: Lsn(1),
+        };
+        Self {
+            directory,
+            vm: vm.into(),
+            state: State::Idle,
+            header,
+            steps: VecDeque::new(),
+            running: None,
+            file: None,
+            path: PathBuf::new(),
+            written: 0,
+            planned: 0,
+            waiting_bytes: 0,
+            waiting_since_ns: 0,
+            spare: Vec::new(),
+        }
+    }
+
+    /// Begins the journal of a generation.
+    pub fn start(&mut self, generation: Generation) {
+        if self.directory.is_none() || self.state != State::Idle {
+            return;
+        }
+        self.state = State::Open;
+        self.begin_segment(SegmentHeader {
+            vm: self.vm.clone(),
+            generation,
+            index: 0,
+            first: Lsn(1),
+        });
+    }
+
+    fn begin_segment(&mut self, header: SegmentHeader) {
+        let bytes = header.encode();
+        self.steps.push_back(Step::Open(header.clone()));
+        self.steps.push_back(Step::Write(bytes.to_vec()));
+        self.waiting_bytes += bytes.len();
+        self.planned = SEGMENT_HEADER_BYTES as u64;
+        self.header = header;
+    }
+
+    /// Appends whole frames, the first of which is entry `first`.
+    ///
+    /// # Errors
+    /// When the disk is too far behind: the journal has ended.
+    ///
+    /// # Panics
+    /// For a batch above [`BATCH_BYTES_MAX`]: the caller's bug.
+    pub fn append(&mut self, frames: &[u8], first: Lsn, now_ns: u64) -> Result<(), JournalFailure> {
+        if self.state != State::Open {
+            return Ok(());
+        }
+        assert!(frames.len() <= BATCH_BYTES_MAX, "a batch of {} bytes", frames.len());
+        if self.waiting_bytes + frames.len() > BACKLOG_BYTES_MAX {
+            let bytes = self.waiting_bytes;
+            self.abandon();
+            return Err(JournalFailure::Behind {
+                path: self.path.clone(),
+                bytes,
+            });
+        }
+        if self.planned >= SEGMENT_BYTES {
+            self.steps.extend([Step::Sync, Step::Close]);
+            let next = SegmentHeader {
+                index: self.header.index + 1,
+                first,
+                ..self.header.clone()
+            };
+            self.begin_segment(next);
+        }
+        if self.waiting_bytes == 0 {
+            self.waiting_since_ns = now_ns;
+        }
+        match self.steps.back_mut() {
+            Some(Step::Write(bytes)) => bytes.extend_from_slice(frames),
+            _ => {
+                let mut bytes = std::mem::take(&mut self.spare);
+                bytes.extend_from_slice(frames);
+                self.steps.push_back(Step::Write(bytes));
+            }
+        }
+        self.planned += frames.len() as u64;
+        self.waiting_bytes += frames.len();
+        Ok(())
+    }
+
+    /// Ends the journal: what was appended is written and flushed.
+    pub fn finish(&mut self) {
+        if self.state == State::Open {
+            self.state = State::Ended;
+            self.steps.extend([Step::Sync, Step::Close]);
+        }
+    }
+
+    /// Whether everything is on disk that ever will be.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.steps.is_empty() && self.running.is_none()
+    }
+
+    fn abandon(&mut self) {
+        self.state = State::Ended;
+        self.steps.clear();
+        self.waiting_bytes = 0;
+        if self.running.is_none() && self.file.is_some() {
+            self.steps.push_back(Step::Close);
+        }
+    }
+
+    /// When [`JournalWriter::pump`] has something to do that it has not now.
+    #[must_use]
+    pub fn deadline_ns(&self) -> Option<u64> {
+        let waits = self.running.is_none() && matches!(self.steps.front(), Some(Step::Write(_)));
+        waits.then(|| self.waiting_since_ns + WRITE_DELAY_NS)
+    }
+
+    /// Starts the next step if it is due.
+    ///
+    /// # Errors
+    /// As [`Ring::submit`].
+    pub fn pump(&mut self, ring: &mut Ring, now_ns: u64) -> io::Result<()> {
+        if self.running.is_some() {
+            return Ok(());
+        }
+        if let Some(Step::Write(bytes)) = self.steps.front() {
+            let due =
+                self.steps.len() > 1 || bytes.len() >= WRITE_BYTES || now_ns >= self.waiting_since_ns + WRITE_DELAY_NS;
+            if !due {
+                return Ok(());
+            }
+        }
+        let Some(step) = self.steps.pop_front() else {
+            return Ok(());
+        };
+        let (running, operation) = match (step, &self.file) {
+            (Step::Open(header), _) => {
+                let directory = self.directory.as_deref().expect("an open journal has a directory");
+                self.path = directory.join(header.file_name());
+                let path = CString::new(self.path.as_os_str().as_bytes())?;
+                let flags = libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY;
+                (Running::Open, Operation::Open(None, path, flags))
+            }
+            (Step::Write(bytes), Some(file)) => (
+                Running::Write { from: 0 },
+                Operation::Write(Rc::clone(file), bytes, 0, self.written),
+            ),
+            (Step::Sync, Some(file)) => (Running::Sync, Operation::Sync(Rc::clone(file))),
+            (Step::Close, Some(_)) => {
+                let file = self.file.take().and_then(Rc::into_inner);
+                let Some(file) = file else { return Ok(()) };
+                (Running::Close, Operation::Close(file))
+            }
+            (Step::Write(_) | Step::Sync | Step::Close, None) => return Ok(()),
+        };
+        self.running = Some(running);
+        ring.submit(Token::Journal, operation)
+    }
+
+    /// Takes the completion of the running step.
+    ///
+    /// # Errors
+    /// [`JournalFailure`]: the journal has ended.
+    ///
+    /// # Panics
+    /// Without a running step: a bug.
+    pub fn completed(&mut self, ring: &mut Ring, done: Done) -> Result<(), JournalFailure> {
+        let running = self.running.take().expect("a journal step was running");
+        match (running, done.result) {
+            (Running::Open, Ok(_)) => {
+                self.file = done.descriptor.map(Rc::new);
+                self.written = 0;
+            }
+            (Running::Open, Err(error)) if error.raw_os_error() == Some(libc::EEXIST) => {
+                self.abandon();
+                return Err(JournalFailure::Exists {
+                    path: self.path.clone(),
+                });
+            }
+            (Running::Write { from }, Ok(count)) if count > 0 => {
+                self.written += count as u64;
+                self.waiting_bytes = self.waiting_bytes.saturating_sub(count);
+                self.write_on(ring, done.memory.into_bytes(), from + count)?;
+            }
+            (Running::Write { .. }, Ok(_)) => {
+                return Err(self.failed("write", io::ErrorKind::WriteZero.into()));
+            }
+            (Running::Sync | Running::Close, Ok(_)) => {}
+            (Running::Open, Err(error)) => return Err(self.failed("create", error)),
+            (Running::Write { .. }, Err(error)) => return Err(self.failed("write", error)),
+            (Running::Sync, Err(error)) => return Err(self.failed("flush", error)),
+            (Running::Close, Err(error)) => return Err(self.failed("close", error)),
+        }
+        Ok(())
+    }
+
+    /// Goes on with a write that was done in part, or keeps its buffer for the next one.
+    fn write_on(&mut self, ring: &mut Ring, mut bytes: Vec<u8>, from: usize) -> Result<(), JournalFailure> {
+        match &self.file {
+            Some(file) if from < bytes.len() => {
+                self.running = Some(Running::Write { from });
+                let operation = Operation::Write(Rc::clone(file), bytes, from, self.written);
+                ring.submit(Token::Journal, operation)
+                    .map_err(|error| self.failed("write", error))?;
+            }
+            _ => {
+                bytes.clear();
+                if bytes.capacity() > self.spare.capacity() {
+                    self.spare = bytes;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn failed(&mut self, what: &'static str, source: io::Error) -> JournalFailure {
+        self.abandon();
+        JournalFailure::Io {
+            path: self.path.clone(),
+            what,
+            source,
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! One order out of many rings: entries are taken by LSN, each from the ring that has the next one.
+//!
+//! Nothing that a client wrote is trusted: every frame is copied out, its checksum, generation and LSN are checked, and a
+//! client that broke the rules is named.
+
+use ft_client::ring::{Consumer, RingError};
+use ft_protocol::{
+    entry::{Body, Entry},
+    frame::FrameError,
+    ids::{Generation, Lsn},
+};
+use thiserror::Error;
+
+/// Bytes that one batch collects before it is handed on.
+const BATCH_BYTES: usize = 256 * 1024;
+/// An LSN that was claimed and not published for so long stops its VM for good.
+const GAP_NS_MAX: u64 = 5_000_000_000;
+
+/// What a client did.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum Breach {
+    /// Its ring.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// A frame in it.
+    #[error("entry {lsn} is damaged: {source}")]
+    Frame {
+        /// The LSN that was expected.
+        lsn: Lsn,
+        /// What is wrong.
+        source: FrameError,
+    },
+    /// An LSN that was there already.
+    #[error("entry {found} was appended where {expected} is the next one")]
+    Order {
+        /// Its LSN.
+        found: Lsn,
+        /// The next one.
+        expected: Lsn,
+    },
+    /// An entry of another generation.
+    #[error("entry {lsn} is of generation {found}, this is generation {current}")]
+    Generation {
+        /// Which entry.
+        lsn: Lsn,
+        /// Its generation.
+        found: Generation,
+        /// This one.
+        current: Generation,
+    },
+    /// An entry where this side writes none.
+    #[error("it appended an entry while this side does not execute")]
+    Uninvited,
+    /// An entry far ahead of what anybody else appended.
+    #[error("it appended entry {found}, but {expected} has not come for seconds")]
+    Gap {
+        /// Its LSN.
+        found: Lsn,
+        /// The missing one.
+        expected: Lsn,
+    },
+}
+
+/// A client, by its place among the rings, and what it did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Whose ring.
+    pub seat: usize,
+    /// What.
+    pub breach: Breach,
+}
+
+/// Entries that were taken in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// First LSN.
+    pub from: Lsn,
+    /// Last LSN.
+    pub through: Lsn,
+    /// The guest's power-off, if it is among them.
+    pub power_off: Option<Lsn>,
+}
+
+/// The rings of a VM's local clients.
+#[derive(Debug)]
+pub struct Merger {
+    rings: Vec<Consumer>,
+    next: Lsn,
+    recent: usize,
+    gap: Option<(Lsn, u64)>,
+}
+
+impl Merger {
+    /// Merges `rings`, from LSN 1.
+    #[must_use]
+    pub fn new(rings: Vec<Consumer>) -> Self {
+        Self {
+            rings,
+            next: Lsn(1),
+            recent: 0,
+            gap: None,
+        }
+    }
+
+    /// The LSN that is expected next.
+    #[must_use]
+    pub fn next(&self) -> Lsn {
+        self.next
+    }
+
+    /// A new generation's log starts at `next`.
+    pub fn restart(&mut self, next: Lsn) {
+        self.next = next;
+        self.gap = None;
+    }
+
+    /// Tells the producers whether this side is about to sleep.
+    pub fn set_sleeping(&self, sleeping: bool) {
+        self.rings.iter().for_each(|ring| ring.set_sleeping(sleeping));
+    }
+
+    /// Whether [`Merger::take`] would give something (a violation included).
+    pub fn is_ready(&mut self) -> bool {
+        !matches!(self.find(), Ok(None))
+    }
+
+    /// Whether nobody appended anything.
+    ///
+    /// # Errors
+    /// Who did, or broke a ring.
+    pub fn check_empty(&self) -> Result<(), Violation> {
+        for (seat, ring) in self.rings.iter().enumerate() {
+            let breach = match ring.is_empty() {
+                Ok(true) => continue,
+                Ok(false) => Breach::Uninvited,
+                Err(error) => error.into(),
+            };
+            return Err(Violation { seat, breach });
+        }
+        Ok(())
+    }
+
+    /// The ring that has the next entry.
+    fn find(&mut self) -> Result<Option<usize>, Violation> {
+        for step in 0..self.rings.len() {
+            let seat = (self.recent + step) % self.rings.len();
+            let violation = |breach| Violation { seat, breach };
+            match self.rings[seat].peek_lsn() {
+                Err(error) => return Err(violation(error.into())),
+                Ok(Some(lsn)) if lsn == self.next.0 => return Ok(Some(seat)),
+                Ok(Some(lsn)) if lsn < self.next.0 => {
+                    return Err(violation(Breach::Order {
+                        found: Lsn(lsn),
+                        expected: self.next,
+                    }));
+                }
+                Ok(_) => {}
+            }
+        }
+        Ok(None)
+    }
+
+    /// Appends the frames of the next entries to `out`. Entries of the generation before `current` are taken too if
+    /// `previous_too`: they were written while the generation changed.
+    ///
+    /// # Errors
+    /// Who broke the rules, and how; what was taken before is in `out`.
+    pub fn take(
+        &mut self,
+        current: Generation,
+        previous_too: bool,
+        out: &mut Vec<u8>,
+    ) -> Result<Option<Batch>, Violation> {
+        let start = out.len();
+        let from = self.next;
+        let mut power_off = None;
+        while out.len() - start < BATCH_BYTES {
+            let Some(seat) = self.find()? else { break };
+            let violation = |breach| Violation { seat, breach };
+            let at = out.len();
+            let popped = self.rings[seat].pop(out).map_err(|error| violation(error.into()))?;
+            if popped.is_none() {
+                break;
+            }
+            let lsn = self.next;
+            let entry = Entry::decode(&out[at..]).map_err(|source| violation(Breach::Frame { lsn, source }))?;
+            if entry.lsn != lsn {
+                return Err(violation(Breach::Order {
+                    found: entry.lsn,
+                    expected: lsn,
+                }));
+            }
+            let found = entry.generation;
+            if found != current && !(previous_too && found.0.checked_add(1) == Some(current.0)) {
+                return Err(violation(Breach::Generation { lsn, found, current }));
+            }
+            if matches!(entry.body, Body::PowerOff { .. }) {
+                power_off = Some(lsn);
+            }
+            self.recent = seat;
+            self.next = lsn.next();
+        }
+        if self.next == from {
+            return Ok(None);
+        }
+        self.gap = None;
+        let through = Lsn(self.next.0 - 1);
+        Ok(Some(Batch {
+            from,
+            through,
+            power_off,
+        }))
+    }
+
+    /// Looks whether somebody waits behind an entry that never comes.
+    ///
+    /// # Errors
+    /// The client that is ahead.
+    pub fn check_gap(&mut self, now_ns: u64) -> Result<(), Violation> {
+        let waiting = (0..self.rings.len()).find(|seat| !matches!(self.rings[*seat].is_empty(), Ok(true)));
+        let Some(seat) = waiting else {
+            self.gap = None;
+            return Ok(());
+        };
+        match self.gap {
+            Some((expected, since)) if expected == self.next => {
+                if now_ns >= since + GAP_NS_MAX
+                    && let Ok(Some(found)) = self.rings[seat].peek_lsn()
+                    && found > expected.0
+                {
+                    let found = Lsn(found);
+                    return Err(Violation {
+                        seat,
+                        breach: Breach::Gap { found, expected },
+                    });
+                }
+            }
+            _ => self.gap = Some((self.next, now_ns)),
+        }
+        Ok(())
+    }
+}

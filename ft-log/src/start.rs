@@ -1,0 +1,173 @@
+//! From the command line to a running daemon: everything that may be missing or taken is found here, before anything starts.
+//!
+//! Sockets are made and bound by plain system calls: that happens once, and io_uring has these operations only on newer kernels.
+
+use std::{
+    io::{self, ErrorKind},
+    net::{SocketAddr, TcpListener, UdpSocket},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::FileTypeExt,
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use ft_client::{events::Events, journal};
+use ft_protocol::Generation;
+use nix::sys::{
+    signal::{SigSet, Signal},
+    signalfd::{SfdFlags, SignalFd},
+};
+
+use crate::{
+    arbiter::Arbiter,
+    config::{Config, Side},
+    daemon::{Daemon, Parts},
+    exit::{Exit, StartError},
+    heartbeat::Heartbeats,
+    local::Local,
+    uring::Uring,
+};
+
+/// Starts, runs and ends the daemon.
+///
+/// # Errors
+/// [`StartError`]: nothing was started, and nothing that was there is damaged.
+pub fn run(config: Config) -> Result<Exit, StartError> {
+    let kernel = |what: &'static str| move |source: io::Error| StartError::Kernel { what, source };
+    let signals = signals().map_err(kernel("watch for signals"))?;
+    let socket = local_socket(&config.socket_path)?;
+    let _guard = SocketFile(config.socket_path.clone());
+    let events = Events::open("ft-log", config.events.as_deref()).map_err(|source| StartError::Path {
+        path: config.events.clone().unwrap_or_default(),
+        what: "open the events file",
+        source,
+    })?;
+    if let Some(directory) = &config.journal {
+        prepare_journal(directory, &config.vm)?;
+    }
+    let (listener, heartbeats) = sockets(&config)?;
+    let local = Local::new(&config.devices).map_err(kernel("make shared memory for the VM"))?;
+    let arbiter =
+        Arbiter::directory(config.arbiter.clone(), &config.vm, &config.host()).map_err(kernel("read random bytes"))?;
+    let ring = Uring::new().map_err(kernel(
+        "set up io_uring (kernel 5.11 or newer, and not disabled by sysctl)",
+    ))?;
+    raise_priority();
+    let daemon = Daemon::new(
+        config,
+        Parts {
+            ring,
+            events,
+            signals,
+            socket: socket.into(),
+            listener,
+            heartbeats,
+            local,
+            arbiter,
+        },
+    );
+    daemon.and_then(Daemon::run).map_err(kernel("go on with io_uring"))
+}
+
+/// Our socket file, which goes with us.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn signals() -> io::Result<OwnedFd> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGTERM);
+    set.add(Signal::SIGINT);
+    set.thread_block()?;
+    let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?;
+    use std::os::fd::AsFd;
+    signals.as_fd().try_clone_to_owned()
+}
+
+/// The start is always about the first generation: it must not meet an earlier journal of it.
+fn prepare_journal(directory: &Path, vm: &str) -> Result<(), StartError> {
+    std::fs::create_dir_all(directory).map_err(|source| StartError::Path {
+        path: directory.to_owned(),
+        what: "create the journal's directory",
+        source,
+    })?;
+    let found = journal::journals(directory).map_err(|error| StartError::Path {
+        path: directory.to_owned(),
+        what: "read the journal's directory",
+        source: io::Error::other(error),
+    })?;
+    let same = |name: &&journal::JournalName| name.vm == vm && name.generation == Generation::FIRST;
+    match found.iter().find(same) {
+        Some(name) => Err(StartError::JournalExists {
+            directory: directory.to_owned(),
+            name: name.to_string(),
+        }),
+        None => Ok(()),
+    }
+}
+
+fn sockets(config: &Config) -> Result<(Option<OwnedFd>, Option<Heartbeats>), StartError> {
+    let (Some(listen), Some(peer)) = (config.listen, config.peer) else {
+        return Ok((None, None));
+    };
+    if config.alone {
+        return Ok((None, None));
+    }
+    let failed = |what: &'static str| {
+        move |source: io::Error| StartError::Address {
+            address: listen,
+            what,
+            source,
+        }
+    };
+    let heartbeats = UdpSocket::bind(listen).map_err(failed("bind the heartbeats' UDP socket"))?;
+    let listener = match config.role {
+        // The standard library sets SO_REUSEADDR.
+        Side::Backup => Some(TcpListener::bind(listen).map_err(failed("listen for the logging channel"))?),
+        Side::Primary => None,
+    };
+    let address: SocketAddr = peer;
+    Ok((
+        listener.map(OwnedFd::from),
+        Some(Heartbeats::new(heartbeats.into(), address, &config.vm)),
+    ))
+}
+
+/// Listens on `path`. A socket file that nobody listens on any more is replaced.
+fn local_socket(path: &Path) -> Result<UnixListener, StartError> {
+    let failed = |what: &'static str| {
+        move |source: io::Error| StartError::Path {
+            path: path.to_owned(),
+            what,
+            source,
+        }
+    };
+    if let Ok(metadata) = std::fs::symlink_metadata(path) {
+        if !metadata.file_type().is_socket() {
+            return Err(StartError::NotASocket { path: path.to_owned() });
+        }
+        match UnixStream::connect(path) {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path).map_err(failed("replace the stale socket"))?;
+            }
+            Ok(_) => return Err(StartError::SocketInUse { path: path.to_owned() }),
+            Err(error) => return Err(failed("find out whether the socket is in use")(error)),
+        }
+    }
+    UnixListener::bind(path).map_err(failed("listen on the socket"))
+}
+
+/// Heartbeats must not be late on a loaded host. Without the right to do so this stays an ordinary process.
+fn raise_priority() {
+    const NICE: i32 = -10;
+    // SAFETY: no memory is involved.
+    let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+}

@@ -1,0 +1,8 @@
+//! Real daemons as processes, with fake shims and devices made of the client library.
+
+mod arbiter;
+mod failover;
+mod hostile;
+mod journal;
+mod refusals;
+mod world;

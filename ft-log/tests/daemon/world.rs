@@ -1,0 +1,401 @@
+//! Two hosts on the loopback interface. Everything that waits, waits for an event, with one generous deadline.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
+    time::{Duration, Instant},
+};
+
+use ft_client::{
+    handshake::{DeviceSession, ShimSession, join_device, join_shim},
+    region::Region,
+};
+use ft_protocol::{
+    DeviceId, Lsn, Role,
+    entry::{Body, Entry, Stop},
+};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+/// Nothing here takes longer on any machine.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const VM: &str = "ledger";
+pub(crate) const FINGERPRINT: [u8; 32] = [7; 32];
+
+static WORLDS: AtomicU32 = AtomicU32::new(1);
+
+/// A directory and two addresses that no other test has.
+pub(crate) struct World {
+    pub(crate) directory: tempfile::TempDir,
+    addresses: [String; 2],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HostId {
+    A,
+    B,
+}
+
+impl World {
+    pub(crate) fn new() -> Self {
+        let number = WORLDS.fetch_add(1, Ordering::Relaxed);
+        let process = std::process::id();
+        let address = |host| {
+            format!(
+                "127.{}.{}.{}:{}",
+                1 + process % 250,
+                number % 250,
+                host,
+                20_000 + process % 10_000
+            )
+        };
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("arbiter")).unwrap();
+        Self {
+            directory,
+            addresses: [address(1), address(2)],
+        }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub(crate) fn address(&self, host: HostId) -> &str {
+        &self.addresses[host as usize]
+    }
+
+    pub(crate) fn socket(&self, host: HostId) -> PathBuf {
+        self.path(&format!("{host:?}.sock"))
+    }
+
+    pub(crate) fn journal(&self, host: HostId) -> PathBuf {
+        self.path(&format!("{host:?}.journal"))
+    }
+
+    /// The usual command line of a host's daemon; later options win over earlier ones where clap allows it.
+    pub(crate) fn command(&self, host: HostId) -> Command {
+        let (role, peer) = match host {
+            HostId::A => ("primary", HostId::B),
+            HostId::B => ("backup", HostId::A),
+        };
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ft-log"));
+        command
+            .args(["--role", role, "--devices", "blk0,net0", "--events", "/dev/stdout"])
+            .args(["--host-name", &format!("{host:?}")])
+            .args(["--listen", self.address(host), "--peer", self.address(peer)])
+            .arg("--socket-path")
+            .arg(self.socket(host))
+            .arg("--arbiter")
+            .arg(self.path("arbiter"))
+            .arg("--journal")
+            .arg(self.journal(host));
+        command
+    }
+
+    pub(crate) fn start(&self, host: HostId) -> Daemon {
+        self.start_with(host, &["--vm", VM])
+    }
+
+    /// Starts a daemon that gets as far as listening.
+    pub(crate) fn start_with(&self, host: HostId, more: &[&str]) -> Daemon {
+        let mut daemon = Daemon::spawn(self.command(host).args(more));
+        daemon.wait_log("waiting for");
+        daemon
+    }
+
+    /// A daemon and its local processes, all joined.
+    pub(crate) fn host(&self, host: HostId) -> Host {
+        self.host_with(host, &[])
+    }
+
+    pub(crate) fn host_with(&self, host: HostId, more: &[&str]) -> Host {
+        let arguments: Vec<&str> = ["--vm", VM].iter().chain(more).copied().collect();
+        let daemon = self.start_with(host, &arguments);
+        Host::join(daemon, &self.socket(host), &FINGERPRINT)
+    }
+
+    pub(crate) fn pair(&self) -> (Host, Host) {
+        self.pair_with(&[])
+    }
+
+    pub(crate) fn pair_with(&self, more: &[&str]) -> (Host, Host) {
+        let (mut a, mut b) = (self.host_with(HostId::A, more), self.host_with(HostId::B, more));
+        a.daemon.wait_event("paired");
+        b.daemon.wait_event("paired");
+        a.wait_role(Role::Recording);
+        b.wait_role(Role::Replaying);
+        (a, b)
+    }
+}
+
+/// A running ft-log.
+pub(crate) struct Daemon {
+    child: Child,
+    events: Receiver<String>,
+    log: Receiver<String>,
+    /// Everything it logged so far.
+    pub(crate) logged: String,
+}
+
+fn lines(stream: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(stream).lines() {
+            let Ok(line) = line else { break };
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    receiver
+}
+
+impl Daemon {
+    pub(crate) fn spawn(command: &mut Command) -> Self {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self {
+            events: lines(child.stdout.take().unwrap()),
+            log: lines(child.stderr.take().unwrap()),
+            child,
+            logged: String::new(),
+        }
+    }
+
+    /// The next event of this name.
+    pub(crate) fn wait_event(&mut self, name: &str) -> Value {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let line = self
+                .events
+                .recv_timeout(deadline - Instant::now())
+                .unwrap_or_else(|error| {
+                    self.read_log();
+                    panic!(
+                        "event '{name}' did not come ({error}); the daemon said:\n{}",
+                        self.logged
+                    )
+                });
+            let event: Value = serde_json::from_str(&line).unwrap();
+            if event["event"] == name {
+                return event;
+            }
+        }
+    }
+
+    /// Waits for a line of its log that contains `text`.
+    pub(crate) fn wait_log(&mut self, text: &str) -> String {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let line = self
+                .log
+                .recv_timeout(deadline - Instant::now())
+                .unwrap_or_else(|error| panic!("'{text}' did not come ({error}) in:\n{}", self.logged));
+            self.logged += &line;
+            self.logged.push('\n');
+            if line.contains(text) {
+                return line;
+            }
+        }
+    }
+
+    fn read_log(&mut self) {
+        while let Ok(line) = self.log.try_recv() {
+            self.logged += &line;
+            self.logged.push('\n');
+        }
+    }
+
+    /// Waits for its end; afterwards `logged` is complete.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            match self.log.recv_timeout(deadline - Instant::now()) {
+                Ok(line) => {
+                    self.logged += &line;
+                    self.logged.push('\n');
+                }
+                Err(RecvTimeoutError::Disconnected) => return self.child.wait().unwrap(),
+                Err(RecvTimeoutError::Timeout) => panic!("the daemon did not end; it said:\n{}", self.logged),
+            }
+        }
+    }
+
+    pub(crate) fn wait_code(&mut self) -> i32 {
+        let status = self.wait();
+        status
+            .code()
+            .unwrap_or_else(|| panic!("ended by a signal ({status}); it said:\n{}", self.logged))
+    }
+
+    /// Names of all further events until its end.
+    pub(crate) fn rest_of_events(&mut self) -> Vec<String> {
+        let name = |line: String| {
+            serde_json::from_str::<Value>(&line).unwrap()["event"]
+                .as_str()
+                .map(String::from)
+        };
+        self.events.iter().filter_map(name).collect()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A daemon with its local processes.
+pub(crate) struct Host {
+    pub(crate) daemon: Daemon,
+    pub(crate) shim: ShimSession,
+    pub(crate) devices: Vec<DeviceSession>,
+}
+
+impl Host {
+    /// The shim and one device join before the other device: the order is free.
+    pub(crate) fn join(daemon: Daemon, socket: &Path, fingerprint: &[u8; 32]) -> Self {
+        let device = |name| join_device(socket, VM, name, fingerprint).unwrap();
+        let blk = device("blk0");
+        let (path, digest) = (socket.to_owned(), *fingerprint);
+        let shim = std::thread::spawn(move || join_shim(&path, VM, &digest).unwrap());
+        let net = device("net0");
+        Self {
+            daemon,
+            shim: shim.join().unwrap(),
+            devices: vec![blk, net],
+        }
+    }
+
+    pub(crate) fn region(&self) -> &Region {
+        &self.shim.region
+    }
+
+    pub(crate) fn wait_role(&self, role: Role) {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let ticket = self.region().shim_ticket();
+            let now = self.region().role();
+            if now == role {
+                return;
+            }
+            assert!(Instant::now() < deadline, "role is {now:?}, not {role:?}");
+            self.region().sleep_shim(ticket, Some(DEADLINE));
+        }
+    }
+
+    /// Appends `count` entries, by turns from the shim and the devices, and gives the last LSN.
+    pub(crate) fn append(&mut self, count: u64) -> Lsn {
+        let mut last = Lsn::ZERO;
+        for index in 0..count {
+            let payload = vec![index as u8; (index as usize * 37) % 3000];
+            let input = Body::Input {
+                sequence: index,
+                payload: &payload,
+            };
+            last = match index % 3 {
+                0 => self.shim.log.append(DeviceId::SHIM, 0, &Body::Sync(Stop::default())),
+                1 => self.devices[0].log.append(DeviceId(0), 0, &input),
+                _ => self.devices[1].log.append(DeviceId(1), 0, &input),
+            }
+            .unwrap();
+        }
+        last
+    }
+
+    /// Waits, as a device does, until an entry is committed.
+    pub(crate) fn wait_committed(&self, lsn: Lsn) {
+        let device = &self.devices[1];
+        device.region.want_commit(device.device, lsn);
+        let deadline = Instant::now() + DEADLINE;
+        while !device.region.committed().covers(lsn) {
+            assert!(Instant::now() < deadline, "entry {lsn} is not committed");
+            let mut polled = [PollFd::new(device.commit_event.as_fd_compat(), PollFlags::POLLIN)];
+            poll(&mut polled, PollTimeout::from(10_000u16)).unwrap();
+            let _ = device.commit_event.read();
+        }
+    }
+
+    /// Takes the next entry to replay, as the shim does, and gives its frame.
+    pub(crate) fn replay(&mut self) -> Vec<u8> {
+        let deadline = Instant::now() + DEADLINE;
+        let mut bytes = Vec::new();
+        loop {
+            let ticket = self.region().shim_ticket();
+            if self.shim.replay.pop(&mut bytes).unwrap().is_some() {
+                return bytes;
+            }
+            assert!(Instant::now() < deadline, "no entry to replay");
+            self.region().sleep_shim(ticket, Some(DEADLINE));
+        }
+    }
+
+    /// Replays everything through `last`, checks the order, and says so to the daemon.
+    pub(crate) fn replay_through(&mut self, from: Lsn, last: Lsn) -> Vec<u8> {
+        let mut all = Vec::new();
+        for lsn in from.0..=last.0 {
+            let bytes = self.replay();
+            assert_eq!(Entry::decode(&bytes).unwrap().lsn, Lsn(lsn));
+            all.extend(bytes);
+        }
+        self.consumed(last);
+        all
+    }
+
+    pub(crate) fn consumed(&self, lsn: Lsn) {
+        self.region().set_consumed(lsn);
+        self.shim.log.ring_doorbell();
+    }
+
+    pub(crate) fn power_off(&mut self) -> Lsn {
+        let body = Body::PowerOff {
+            stop: Stop::default(),
+            reset: false,
+        };
+        self.shim.log.append(DeviceId::SHIM, 0, &body).unwrap()
+    }
+}
+
+/// vmm-sys-util's EventFd lends only a raw descriptor.
+trait AsFdCompat {
+    fn as_fd_compat(&self) -> std::os::fd::BorrowedFd<'_>;
+}
+
+impl AsFdCompat for vmm_sys_util::eventfd::EventFd {
+    fn as_fd_compat(&self) -> std::os::fd::BorrowedFd<'_> {
+        use std::os::fd::AsRawFd;
+        // SAFETY: the descriptor is open as long as `self` is borrowed.
+        unsafe { std::os::fd::BorrowedFd::borrow_raw(self.as_raw_fd()) }
+    }
+}
+
+/// Bytes of everything in a ring or file descriptor's other side are not needed here; only that it ended.
+pub(crate) fn wait_end(stream: &impl AsFd) {
+    let mut polled = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+    let ready = poll(&mut polled, PollTimeout::try_from(DEADLINE).unwrap()).unwrap();
+    assert_eq!(ready, 1, "the connection did not end");
+}
