@@ -188,6 +188,8 @@ pub struct Replica {
     last: Lsn,
     acknowledged: Lsn,
     consumed: Lsn,
+    /// Last entry of the former primary, once the backup won; what it writes itself comes behind.
+    replay_end: Lsn,
     power_off: Option<Lsn>,
     heard_ns: u64,
     heartbeat_due_ns: u64,
@@ -211,6 +213,7 @@ impl Replica {
             last: Lsn::ZERO,
             acknowledged: Lsn::ZERO,
             consumed: Lsn::ZERO,
+            replay_end: Lsn::ZERO,
             power_off: None,
             heard_ns: now_ns,
             heartbeat_due_ns: now_ns,
@@ -517,6 +520,7 @@ impl Replica {
                     actions.push(Action::Commit(Committed::through(Lsn::MAX)));
                     self.change_role(Role::Live, actions);
                 } else {
+                    self.replay_end = self.last;
                     self.change_role(Role::GoingLive, actions);
                 }
             }
@@ -556,7 +560,7 @@ impl Replica {
 
     /// Transitions that depend on several facts at once.
     fn after(&mut self, _now_ns: u64, actions: &mut Vec<Action>) {
-        if self.role == Role::GoingLive && self.consumed >= self.last {
+        if self.role == Role::GoingLive && self.consumed >= self.replay_end {
             let ended = self.power_off.is_some();
             if !ended {
                 actions.push(Action::Commit(Committed::through(Lsn::MAX)));
@@ -607,7 +611,7 @@ impl Replica {
             "live without the arbiter's word"
         );
         assert!(
-            self.role != Role::Live || self.config.primary || self.consumed >= self.last,
+            self.role != Role::Live || self.config.primary || self.consumed >= self.replay_end,
             "live with entries unconsumed"
         );
         for action in actions {

@@ -175,6 +175,18 @@ fn a_backup_consumes_everything_it_acknowledged_before_it_is_live() {
 }
 
 #[test]
+fn a_promoted_backup_writes_entries_of_its_own() {
+    let mut backup = replaying();
+    received(&mut backup, 1, 2);
+    step(&mut backup, 2, Event::Consumed { through: Lsn(2) });
+    step(&mut backup, 2, Event::ChannelDown);
+    won(&mut backup, 2);
+    assert_eq!(backup.role(), Role::Live);
+    assert_eq!(step(&mut backup, 3, Event::Appended { through: Lsn(3) }), []);
+    assert_eq!((backup.role(), backup.last()), (Role::Live, Lsn(3)));
+}
+
+#[test]
 fn a_gap_in_the_log_halts_the_backup() {
     let mut backup = replaying();
     received(&mut backup, 1, 1);
