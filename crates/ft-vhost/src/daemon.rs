@@ -3,16 +3,22 @@
 use std::{
     io,
     os::fd::{AsRawFd, RawFd},
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
+use ft_client::{events::Events, handshake};
 use nix::sys::{
     signal::{SigSet, Signal},
     signalfd::{SfdFlags, SignalFd},
 };
 use tracing::{error, info};
 
-use crate::exit::{End, Status};
+use crate::{
+    device::{Device, alone::Alone, gated::Gated},
+    exit::{End, Status},
+    session::{self, Description, Listener},
+};
 
 /// Readable once the daemon is asked to end.
 #[derive(Debug)]
@@ -58,6 +64,70 @@ pub fn main(run: impl FnOnce() -> Result<(), End>) -> ExitCode {
         Err(end) => {
             error!("{end}");
             end.status().into()
+        }
+    }
+}
+
+/// Membership of a fault-tolerant VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Membership {
+    /// ft-log's socket.
+    pub ft_log: PathBuf,
+    /// Name of the VM.
+    pub vm: String,
+    /// Name of this device in it.
+    pub device: String,
+}
+
+/// What both daemons are told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Where frontends connect.
+    pub socket_path: PathBuf,
+    /// The VM it belongs to; alone without.
+    pub membership: Option<Membership>,
+    /// Where events go.
+    pub events: Option<PathBuf>,
+}
+
+/// Serves `device` until the end. `fingerprint` names what must be equal on both hosts; it is asked for only where there are two.
+///
+/// # Errors
+/// [`End`].
+pub fn serve<D: Device>(
+    options: &Options,
+    source: &'static str,
+    mut device: D,
+    signals: Signals,
+    fingerprint: impl FnOnce() -> Result<[u8; 32], End>,
+) -> Result<(), End> {
+    let events = Events::open(source, options.events.as_deref()).map_err(|error| {
+        let path = options.events.as_deref().unwrap_or(Path::new("")).display();
+        End::environment(format!("cannot open --events {path}: {error}"))
+    })?;
+    let listener = Listener::bind(&options.socket_path).map_err(End::environment)?;
+    let (sender, commands) = session::channel().map_err(End::environment)?;
+    let guest = device.guest();
+    let description = Description {
+        features: guest.features(),
+        config: guest.config(),
+        queues: guest.queue_count(),
+    };
+    let accepting = listener.try_clone().map_err(End::environment)?;
+    std::thread::Builder::new()
+        .name("control".into())
+        .spawn(move || session::serve(&accepting, &description, sender))
+        .map_err(End::environment)?;
+    info!(socket = %options.socket_path.display(), "listening");
+    match &options.membership {
+        None => Alone::new(device, commands, signals, events)?.run(),
+        Some(Membership {
+            ft_log,
+            vm,
+            device: name,
+        }) => {
+            let joined = handshake::join_device(ft_log, vm, name, &fingerprint()?).map_err(End::environment)?;
+            Gated::new(device, joined, commands, signals, events)?.run()
         }
     }
 }

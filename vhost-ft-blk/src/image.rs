@@ -1,0 +1,230 @@
+//! The raw image: opened, locked, measured.
+
+use std::{
+    fs::File,
+    io::{self, Seek, SeekFrom},
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::fs::FileExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use ft_vhost::guest_side::blk::SECTOR_BYTES;
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, fcntl},
+    libc,
+};
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+use tracing::info;
+
+/// Up to here a fingerprint covers every byte.
+const WHOLE_BYTES_MAX: u64 = 256 << 20;
+/// Beyond, this many evenly spaced samples.
+const SAMPLES: u64 = 1024;
+/// Bytes of a sample, and of each read.
+const SAMPLE_BYTES: u64 = 64 << 10;
+
+/// Why an image cannot be used.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// Not there, or not allowed.
+    #[error("cannot open image {path}: {source}")]
+    Open {
+        /// Image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Somebody else uses it.
+    #[error("image {0} is locked: another process uses it")]
+    Locked(PathBuf),
+    /// Nothing in it.
+    #[error("image {0} is too small: a disk has at least one sector of 512 bytes")]
+    TooSmall(PathBuf),
+    /// A part of a sector at its end.
+    #[error("image {path} has {bytes} bytes, which is not a multiple of 512: is it a raw image?")]
+    PartSector {
+        /// Image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+}
+
+/// An image that is ours until it is dropped.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    bytes: u64,
+    read_only: bool,
+}
+
+impl Image {
+    /// Opens and locks `path`: exclusively, or shared with other readers if `read_only`.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn open(path: &Path, read_only: bool) -> Result<Self, ImageError> {
+        let open = |source| ImageError::Open {
+            path: path.into(),
+            source,
+        };
+        let mut file = File::options().read(true).write(!read_only).open(path).map_err(open)?;
+        lock(&file, read_only).map_err(|errno| match errno {
+            Errno::EAGAIN | Errno::EACCES => ImageError::Locked(path.into()),
+            errno => open(errno.into()),
+        })?;
+        // A block device has its size here too, not in its metadata.
+        let bytes = file.seek(SeekFrom::End(0)).map_err(open)?;
+        if bytes < SECTOR_BYTES {
+            return Err(ImageError::TooSmall(path.into()));
+        }
+        if !bytes.is_multiple_of(SECTOR_BYTES) {
+            let path = path.into();
+            return Err(ImageError::PartSector { path, bytes });
+        }
+        Ok(Self { file, bytes, read_only })
+    }
+
+    /// Sectors of the disk.
+    #[must_use]
+    pub fn sectors(&self) -> u64 {
+        self.bytes / SECTOR_BYTES
+    }
+
+    /// Whether it was opened for reading only.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The file, for I/O.
+    #[must_use]
+    pub fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// Another handle on the same open image; the lock lasts as long as either.
+    ///
+    /// # Errors
+    /// As dup(2).
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            file: self.file.try_clone()?,
+            ..*self
+        })
+    }
+
+    /// Digest of what both hosts must start from: size and content. Of an image beyond 256 MiB, 1024 evenly spaced samples of
+    /// 64 KiB.
+    ///
+    /// # Errors
+    /// As read(2).
+    pub fn fingerprint(&self) -> io::Result<[u8; 32]> {
+        let whole = self.bytes <= WHOLE_BYTES_MAX;
+        let samples = if whole {
+            self.bytes.div_ceil(SAMPLE_BYTES)
+        } else {
+            SAMPLES
+        };
+        let stride = if whole {
+            SAMPLE_BYTES
+        } else {
+            (self.bytes - SAMPLE_BYTES) / (SAMPLES - 1)
+        };
+        let mut digest = Sha256::new();
+        digest.update(b"blk");
+        digest.update(self.bytes.to_le_bytes());
+        digest.update([u8::from(self.read_only)]);
+        let mut buffer = vec![0; SAMPLE_BYTES as usize];
+        for sample in 0..samples {
+            let offset = sample * stride;
+            let length = SAMPLE_BYTES.min(self.bytes - offset) as usize;
+            self.file.read_exact_at(&mut buffer[..length], offset)?;
+            digest.update(&buffer[..length]);
+        }
+        info!(
+            bytes = self.bytes,
+            content = if whole { "whole" } else { "1024 samples of 64 KiB" },
+            "image fingerprinted"
+        );
+        Ok(digest.finalize().into())
+    }
+}
+
+/// An open-file-description lock on the whole file: other processes, QEMU among them, see it.
+fn lock(file: &File, shared: bool) -> nix::Result<()> {
+    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
+    let lock = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn image(bytes: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_second_writer_is_locked_out_and_readers_share() {
+        let file = image(1024);
+        let first = Image::open(file.path(), false).unwrap();
+        assert_eq!(first.sectors(), 2);
+        assert!(matches!(Image::open(file.path(), false), Err(ImageError::Locked(_))));
+        assert!(matches!(Image::open(file.path(), true), Err(ImageError::Locked(_))));
+        drop(first);
+        let _reader = Image::open(file.path(), true).unwrap();
+        let _other = Image::open(file.path(), true).unwrap();
+        assert!(matches!(Image::open(file.path(), false), Err(ImageError::Locked(_))));
+    }
+
+    #[test]
+    fn sizes_that_are_no_disk_are_refused() {
+        for bytes in [0, 100, 511] {
+            let refused = Image::open(image(bytes).path(), false);
+            assert!(matches!(refused, Err(ImageError::TooSmall(_))));
+        }
+        let refused = Image::open(image(1000).path(), false);
+        assert!(matches!(refused, Err(ImageError::PartSector { bytes: 1000, .. })));
+        let refused = Image::open(Path::new("/nonexistent/image"), false);
+        assert!(matches!(refused, Err(ImageError::Open { .. })));
+    }
+
+    #[test]
+    fn the_fingerprint_is_of_size_and_content() {
+        let fingerprint = |content: &[u8], bytes: u64| {
+            let mut file = image(0);
+            file.write_all(content).unwrap();
+            file.as_file().set_len(bytes).unwrap();
+            Image::open(file.path(), false).unwrap().fingerprint().unwrap()
+        };
+        let base = fingerprint(b"x", 100 << 10);
+        assert_eq!(base, fingerprint(b"x", 100 << 10));
+        assert_ne!(base, fingerprint(b"y", 100 << 10));
+        assert_ne!(base, fingerprint(b"x", 101 << 10));
+        // Beyond the limit, samples: the first and the last byte are among them.
+        let large = WHOLE_BYTES_MAX + 512;
+        let base = fingerprint(b"x", large);
+        assert_ne!(base, fingerprint(b"y", large));
+        let mut file = image(large);
+        file.write_all(b"x").unwrap();
+        file.as_file().write_all_at(b"z", large - 1).unwrap();
+        let end = Image::open(file.path(), false).unwrap().fingerprint().unwrap();
+        assert_ne!(base, end);
+    }
+}
