@@ -1,1 +1,15 @@
-//! (under construction)
+//! The network device of a fault-tolerant VM: a vhost-user backend on a TAP that lets nothing out too early.
+//!
+//! ```text
+//!  [nic]       what frames do: out through the hold, in as inputs, the backup's half, going live
+//!   ├ [hold]      frames that wait for their commit, and how long they did ─► [histogram]
+//!   ├ [announce]  whose addresses the network must learn to find here
+//!   └ [tap]       the host's end
+//! ```
+
+pub mod announce;
+pub mod cli;
+pub mod histogram;
+pub mod hold;
+pub mod nic;
+pub mod tap;

@@ -1,0 +1,282 @@
+//! What frames do.
+//!
+//! ```text
+//!  guest ─► alone: TAP     live: [hold] ─ committed ─► TAP     following: kept, for the primary may not have sent the last ones
+//!  TAP ─► input (a batch per poll) ─► alone: delivered at once    live: logged first    following: there is no TAP
+//!  go live: attach, announce, send the kept frames (a duplicate is legal on a network)
+//! ```
+
+use std::{collections::VecDeque, io, os::fd::AsRawFd};
+
+use ft_client::{
+    crash,
+    events::{Events, monotonic_ns},
+};
+use ft_protocol::{Committed, Lsn};
+use ft_vhost::{
+    device::{Completion, Device, Input, Life, Uring},
+    exit::End,
+    guest_side::{
+        BOUNCE, GuestSide,
+        net::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, Frame, HEADER_BYTES, LENGTH_BYTES, NetGuestSide, RECEIVE},
+    },
+};
+use serde_json::json;
+use tracing::{info, warn};
+
+use crate::{
+    announce::{Addresses, Repeats},
+    hold::Hold,
+    tap::{Tap, TapName},
+};
+
+const TOKEN_TAP: u64 = 1;
+/// Held bytes beyond which no further kick is answered: the guest stops.
+const HELD_BYTES_MAX: usize = 16 << 20;
+/// Frames of the guest that a backup keeps, newest first.
+const KEPT_FRAMES_MAX: usize = 256;
+/// And their age at which they are history: the primary has sent them, or has been gone for long.
+const KEPT_AGE_NS: u64 = 5_000_000_000;
+/// Frames and bytes in one input.
+const BATCH_FRAMES_MAX: usize = 64;
+const BATCH_BYTES_MAX: usize = 128 << 10;
+/// How often hold times are reported.
+const HOLD_EVENT_NS: u64 = 500_000_000;
+
+const _: () = assert!(BATCH_BYTES_MAX + LENGTH_BYTES + FRAME_BYTES_MAX <= ft_protocol::limits::PAYLOAD_BYTES_MAX);
+
+#[derive(Debug)]
+struct Kept {
+    frame: Frame,
+    since_ns: u64,
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Nic {
+    guest: NetGuestSide,
+    mac: [u8; 6],
+    tap_name: TapName,
+    tap: Option<Tap>,
+    life: Life,
+    readable: bool,
+    hold: Hold,
+    kept: VecDeque<Kept>,
+    addresses: Addresses,
+    repeats: Repeats,
+    frames: Vec<Frame>,
+    received: Box<[u8]>,
+    spare: Vec<Vec<u8>>,
+    unsent: u64,
+    hold_reported: u64,
+    hold_report_due_ns: u64,
+}
+
+impl Nic {
+    /// A device on the TAP of this name, which is not touched yet.
+    #[must_use]
+    pub fn new(tap_name: TapName, mac: [u8; 6]) -> Self {
+        Self {
+            guest: NetGuestSide::new(mac),
+            mac,
+            tap_name,
+            tap: None,
+            life: Life::Alone,
+            readable: false,
+            hold: Hold::default(),
+            kept: VecDeque::new(),
+            addresses: Addresses::default(),
+            repeats: Repeats::default(),
+            frames: Vec::new(),
+            received: vec![0; HEADER_BYTES + FRAME_BYTES_MAX].into_boxed_slice(),
+            spare: Vec::new(),
+            unsent: 0,
+            hold_reported: 0,
+            hold_report_due_ns: 0,
+        }
+    }
+
+    fn attach(&mut self, io: &mut Uring) -> Result<(), End> {
+        let tap = Tap::open(&self.tap_name).map_err(End::environment)?;
+        io.poll(tap.as_raw_fd(), TOKEN_TAP);
+        self.tap = Some(tap);
+        info!(tap = %self.tap_name, "attached");
+        Ok(())
+    }
+
+    fn send(&mut self, frame: &Frame) {
+        let Some(tap) = &self.tap else { return };
+        if let Err(error) = tap.send(frame.with_header()) {
+            // As on any wire: lost, counted, and said once.
+            if self.unsent == 0 {
+                warn!(%error, "the TAP takes no frames");
+            }
+            self.unsent += 1;
+        }
+    }
+
+    fn announce(&mut self) {
+        for frame in self.addresses.announcements(self.mac) {
+            self.send(&frame);
+        }
+    }
+
+    fn keep(&mut self, frame: Frame, now_ns: u64) {
+        if self.kept.len() == KEPT_FRAMES_MAX
+            && let Some(oldest) = self.kept.pop_front()
+        {
+            self.guest.recycle(oldest.frame);
+        }
+        let since_ns = now_ns;
+        self.kept.push_back(Kept { frame, since_ns });
+    }
+
+    /// Reads what the TAP has, up to a batch, into a payload; empty if it has nothing.
+    fn receive_batch(&mut self, payload: &mut Vec<u8>, io: &mut Uring) -> io::Result<()> {
+        let Some(tap) = &self.tap else { return Ok(()) };
+        let mut frames = 0;
+        while frames < BATCH_FRAMES_MAX && payload.len() < BATCH_BYTES_MAX {
+            let Some(bytes) = tap.receive(&mut self.received)? else {
+                self.readable = false;
+                io.poll(tap.as_raw_fd(), TOKEN_TAP);
+                break;
+            };
+            if bytes < HEADER_BYTES + FRAME_BYTES_MIN {
+                continue;
+            }
+            let frame = &self.received[HEADER_BYTES..bytes];
+            payload.extend_from_slice(&(frame.len() as u32).to_le_bytes());
+            payload.extend_from_slice(frame);
+            frames += 1;
+        }
+        Ok(())
+    }
+}
+
+impl Device for Nic {
+    fn guest(&mut self) -> &mut dyn GuestSide {
+        &mut self.guest
+    }
+
+    fn start(&mut self, life: Life, io: &mut Uring) -> Result<(), End> {
+        self.life = life;
+        if life == Life::Follows {
+            return Ok(());
+        }
+        self.attach(io)
+    }
+
+    fn perform(&mut self, marker: Option<Lsn>, _io: &mut Uring) -> Result<(), End> {
+        let now_ns = monotonic_ns();
+        let mut frames = std::mem::take(&mut self.frames);
+        self.guest.take_frames(&mut frames);
+        for frame in frames.drain(..) {
+            self.addresses.note(frame.ethernet());
+            match (self.life, marker) {
+                (Life::Follows, _) => self.keep(frame, now_ns),
+                (Life::Live, Some(marker)) => self.hold.push(marker, frame, now_ns),
+                _ => {
+                    self.send(&frame);
+                    self.guest.recycle(frame);
+                }
+            }
+        }
+        self.frames = frames;
+        Ok(())
+    }
+
+    fn complete(&mut self, _completion: Completion, _io: &mut Uring) -> Result<(), End> {
+        // The only operation here is the poll of the TAP; an error shows in the read.
+        self.readable = true;
+        Ok(())
+    }
+
+    fn take_input(&mut self, io: &mut Uring) -> Result<Option<Input>, End> {
+        if !self.readable {
+            return Ok(None);
+        }
+        let mut payload = self.spare.pop().unwrap_or_default();
+        payload.clear();
+        self.receive_batch(&mut payload, io)
+            .map_err(|error| End::environment(format!("TAP '{}' is gone: {error}", self.tap_name)))?;
+        if payload.is_empty() {
+            self.recycle(payload);
+            return Ok(None);
+        }
+        if !BOUNCE {
+            self.guest.write_ahead(&payload)?;
+        }
+        Ok(Some(Input {
+            queue: RECEIVE,
+            payload,
+        }))
+    }
+
+    fn recycle(&mut self, payload: Vec<u8>) {
+        if payload.capacity() != 0 && self.spare.len() < BATCH_FRAMES_MAX {
+            self.spare.push(payload);
+        }
+    }
+
+    fn go_live(&mut self, io: &mut Uring, events: &mut Events) -> Result<(), End> {
+        self.life = Life::Live;
+        self.attach(io)?;
+        self.announce();
+        let now_ns = monotonic_ns();
+        self.repeats = Repeats::after(now_ns);
+        let mut again = 0;
+        for Kept { frame, since_ns } in std::mem::take(&mut self.kept) {
+            if now_ns - since_ns <= KEPT_AGE_NS {
+                self.send(&frame);
+                again += 1;
+            }
+            self.guest.recycle(frame);
+        }
+        info!(again, "announced; the last frames are sent again");
+        events.emit("announced", json!({ "sent_again": again }));
+        Ok(())
+    }
+
+    fn release(&mut self, committed: Committed) -> Result<Option<Lsn>, End> {
+        let mut frames = std::mem::take(&mut self.frames);
+        self.hold.release(committed, monotonic_ns(), &mut frames);
+        if !frames.is_empty() {
+            crash::point("net.release.before");
+            for frame in frames.drain(..) {
+                self.send(&frame);
+                self.guest.recycle(frame);
+            }
+            crash::point("net.release.after");
+        }
+        self.frames = frames;
+        Ok(self.hold.first())
+    }
+
+    fn has_room(&self) -> bool {
+        self.hold.bytes() < HELD_BYTES_MAX
+    }
+
+    fn is_idle(&self) -> bool {
+        true
+    }
+
+    fn tick(&mut self, now_ns: u64, events: &mut Events) -> Result<Option<u64>, End> {
+        if self.repeats.take_due(now_ns) {
+            self.announce();
+        }
+        let times = self.hold.times();
+        let mut report_due = None;
+        if times.total() != self.hold_reported {
+            if self.hold_report_due_ns <= now_ns {
+                self.hold_reported = times.total();
+                self.hold_report_due_ns = now_ns + HOLD_EVENT_NS;
+                let buckets: Vec<[u64; 2]> = times.buckets().map(|(upper, count)| [upper, count]).collect();
+                events.emit("hold", json!({ "buckets": buckets }));
+            } else {
+                report_due = Some(self.hold_report_due_ns);
+            }
+        }
+        let next = [self.repeats.next(), report_due];
+        Ok(next.into_iter().flatten().min())
+    }
+}
