@@ -485,6 +485,8 @@ impl Replica {
         if self.wanted() != Some(generation) {
             return;
         }
+        // A late answer to an earlier request settles it as well: there is nothing to ask again.
+        self.ask_again_ns = None;
         match verdict {
             Verdict::Unreachable => {
                 self.ask_again_ns = Some(now_ns + self.config.heartbeat_interval_ns);

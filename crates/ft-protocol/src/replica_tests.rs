@@ -161,6 +161,22 @@ fn an_unreachable_arbiter_is_asked_again_and_nothing_is_released() {
 }
 
 #[test]
+fn a_late_verdict_ends_the_asking() {
+    let verdict = |verdict| Event::Arbiter {
+        generation: Generation(1),
+        verdict,
+    };
+    let mut primary = replica(true);
+    step(&mut primary, 0, Event::LocalReady { fingerprint: [1; 32] });
+    step(&mut primary, 0, verdict(Verdict::Unreachable));
+    assert_eq!(primary.deadline_ns(), Some(INTERVAL));
+    // The first request was slow, not lost: its answer comes after it was given up.
+    step(&mut primary, 1, verdict(Verdict::Won));
+    assert_eq!(primary.deadline_ns(), None);
+    assert_eq!(step(&mut primary, INTERVAL, Event::Tick), []);
+}
+
+#[test]
 fn a_backup_consumes_everything_it_acknowledged_before_it_is_live() {
     let mut backup = replaying();
     assert_eq!(received(&mut backup, 1, 4), [Action::Send(Message::Ack(Lsn(4)))]);
