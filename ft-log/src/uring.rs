@@ -221,6 +221,11 @@ impl<T> Uring<T> {
         self.slots.len() - self.free.len()
     }
 
+    /// Whether operations are queued that the kernel has not seen.
+    pub fn has_queued(&mut self) -> bool {
+        !self.ring.submission().is_empty()
+    }
+
     /// Queues an operation; [`Uring::enter`] hands it to the kernel.
     ///
     /// # Errors

@@ -43,7 +43,7 @@ const FULL_RETRY_NS: u64 = 1_000_000;
 const JOURNAL_END_NS: u64 = 5_000_000_000;
 /// How long an arbiter may be silent before the operator hears of it.
 const ARBITER_SILENCE_NS: u64 = 1_000_000_000;
-/// How long an end may wait for a signal's or doorbell's error to go away.
+/// How long to wait after an error that may go away by itself.
 const RETRY_NS: u64 = 100_000_000;
 /// struct signalfd_siginfo.
 const SIGNAL_BYTES: usize = 128;
@@ -187,7 +187,9 @@ impl Daemon {
                 return Ok(exit);
             }
             if worked {
-                self.ring.enter(None)?;
+                if self.ring.has_queued() {
+                    self.ring.enter(None)?;
+                }
                 self.spin();
             } else {
                 self.sleep()?;

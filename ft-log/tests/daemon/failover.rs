@@ -3,7 +3,9 @@
 use ft_protocol::{Generation, Lsn, Role};
 use nix::sys::signal::Signal;
 
-use crate::world::{HostId, World};
+use serde_json::Value;
+
+use crate::world::{HostId, World, append};
 
 #[test]
 fn entries_arrive_equal_and_in_order_and_are_committed() {
@@ -165,18 +167,23 @@ fn a_stopped_backup_stops_the_producers_and_no_entry_is_lost() {
     let world = World::new();
     let (mut a, mut b) = world.pair_with(&["--heartbeat-misses", "10000"]);
     b.daemon.signal(Signal::SIGSTOP);
-    // More than the rings, the backlog and the sockets hold together.
+    // More than the rings, the backlog and the sockets hold together: the producers stand still until the backup goes on.
     let count = 60_000;
-    let appended = std::thread::spawn(move || (a.append(count), a));
-    a_while_full(&b);
-    b.daemon.signal(Signal::SIGCONT);
-    b.replay_through(Lsn(1), Lsn(count));
-    let (last, a) = appended.join().unwrap();
-    assert_eq!(last, Lsn(count));
-    a.wait_committed(last);
-}
-
-/// Nothing is consumed: the backup's own ring is what fills up first once it runs again.
-fn a_while_full(b: &crate::world::Host) {
-    assert_eq!(b.region().consumed(), Lsn::ZERO);
+    std::thread::scope(|scope| {
+        let (shim, devices) = (&mut a.shim, &mut a.devices);
+        let appended = scope.spawn(move || append(shim, devices, count));
+        let mut entries = Value::Null;
+        loop {
+            let now = a.daemon.wait_event("log")["entries"].clone();
+            if now == entries && now != 0 {
+                break;
+            }
+            entries = now;
+        }
+        assert!(entries.as_u64().unwrap() < count && !appended.is_finished());
+        b.daemon.signal(Signal::SIGCONT);
+        b.replay_through(Lsn(1), Lsn(count));
+        assert_eq!(appended.join().unwrap(), Lsn(count));
+    });
+    a.wait_committed(Lsn(count));
 }

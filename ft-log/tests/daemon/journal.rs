@@ -1,1 +1,176 @@
-//! (next)
+//! Both sides' journals hold exactly the log, and every damage is found where it is.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use ft_client::journal::{JournalError, JournalReader, SEGMENT_HEADER_BYTES};
+use ft_protocol::{
+    DeviceId, Lsn, Role,
+    entry::{Body, Entry},
+    limits::PAYLOAD_BYTES_MAX,
+};
+use nix::sys::signal::Signal;
+
+use crate::world::{Daemon, FINGERPRINT, Host, HostId, VM, World};
+
+/// The frames in a journal, and whether its tail is torn.
+fn read(directory: &Path) -> Result<(Vec<u8>, Lsn, bool), JournalError> {
+    let mut reader = JournalReader::open(directory)?;
+    let mut all = Vec::new();
+    while let Some((_, bytes)) = reader.next_entry()? {
+        all.extend_from_slice(bytes);
+    }
+    Ok((all, reader.last_good().lsn, reader.torn_tail().is_some()))
+}
+
+/// Runs a pair to its power-off; what the backup replayed.
+fn run_to_the_end(world: &World, entries: u64) -> (Vec<u8>, Lsn) {
+    let (mut a, mut b) = world.pair();
+    a.append(entries);
+    let last = a.power_off();
+    assert_eq!(a.daemon.wait_code(), 0);
+    let replayed = b.replay_through(Lsn(1), last);
+    assert_eq!(b.daemon.wait_code(), 0);
+    (replayed, last)
+}
+
+#[test]
+fn both_journals_hold_the_log_as_it_was_replayed() {
+    let world = World::new();
+    let (replayed, last) = run_to_the_end(&world, 1000);
+    for host in [HostId::A, HostId::B] {
+        let (journal, end, torn) = read(&world.journal(host)).unwrap();
+        assert!(journal == replayed, "the journal of {host:?} is another log");
+        assert_eq!((end, torn), (last, false));
+    }
+}
+
+fn only_file(directory: &Path) -> PathBuf {
+    let mut files = fs::read_dir(directory).unwrap();
+    let path = files.next().unwrap().unwrap().path();
+    assert!(files.next().is_none());
+    path
+}
+
+#[test]
+fn a_flipped_byte_is_reported_with_its_entry_and_place_and_a_torn_tail_is_an_end() {
+    let world = World::new();
+    let (replayed, last) = run_to_the_end(&world, 50);
+    let path = only_file(&world.journal(HostId::B));
+    let good = fs::read(&path).unwrap();
+    // Entry 20 and where it starts.
+    let mut start = SEGMENT_HEADER_BYTES;
+    for _ in 1..20 {
+        start += u32::from_le_bytes(good[start..start + 4].try_into().unwrap()) as usize;
+    }
+    let mut bad = good.clone();
+    bad[start + 30] ^= 0x10;
+    fs::write(&path, &bad).unwrap();
+    let error = read(&world.journal(HostId::B)).unwrap_err().to_string();
+    for part in [
+        path.display().to_string(),
+        format!("entry 20 at byte {start}"),
+        "last good entry is 19".into(),
+    ] {
+        assert!(error.contains(&part), "'{part}' is not in: {error}");
+    }
+    fs::write(&path, &good[..good.len() - 5]).unwrap();
+    let (whole, end, torn) = read(&world.journal(HostId::B)).unwrap();
+    assert_eq!((end.0, torn), (last.0 - 1, true));
+    assert!(replayed.starts_with(&whole));
+}
+
+#[test]
+fn a_long_log_goes_on_in_further_segments() {
+    let world = World::new();
+    let (mut a, mut b) = world.pair();
+    let payload = vec![0x5a; PAYLOAD_BYTES_MAX];
+    let count = 150;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for sequence in 1..=count {
+                let body = Body::Input {
+                    sequence,
+                    payload: &payload,
+                };
+                a.devices[0].log.append(DeviceId(0), 0, &body).unwrap();
+            }
+        });
+        b.replay_through(Lsn(1), Lsn(count));
+    });
+    a.wait_committed(Lsn(count));
+    a.power_off();
+    b.replay_through(Lsn(count + 1), Lsn(count + 1));
+    for host in [&mut a, &mut b] {
+        assert_eq!(host.daemon.wait_code(), 0, "{}", host.daemon.logged);
+    }
+    for host in [HostId::A, HostId::B] {
+        assert_eq!(fs::read_dir(world.journal(host)).unwrap().count(), 2);
+        let (_, end, torn) = read(&world.journal(host)).unwrap();
+        assert_eq!((end, torn), (Lsn(count + 1), false));
+    }
+}
+
+#[test]
+fn what_a_killed_daemon_wrote_is_a_prefix_of_the_log() {
+    let world = World::new();
+    let (mut a, mut b) = world.pair();
+    let last = a.append(5000);
+    a.wait_committed(last);
+    a.daemon.signal(Signal::SIGKILL);
+    a.daemon.wait();
+    let replayed = b.replay_through(Lsn(1), last);
+    let (journal, ..) = read(&world.journal(HostId::A)).unwrap();
+    assert!(replayed.starts_with(&journal));
+    b.wait_role(Role::Live);
+    // The backup's ended in good order when it went live.
+    b.daemon.signal(Signal::SIGTERM);
+    assert_eq!(b.daemon.wait_code(), 0);
+    let (journal, end, torn) = read(&world.journal(HostId::B)).unwrap();
+    assert!(journal == replayed);
+    assert_eq!((end, torn), (last, false));
+}
+
+/// A file size limit stands for the full disk: large enough for the shared memory, too small for the journal.
+#[test]
+fn a_full_disk_ends_the_journal_and_not_the_vm() {
+    let world = World::new();
+    let command = world.command(HostId::A);
+    let mut shell = Command::new("bash");
+    shell.args(["-c", "trap '' XFSZ; ulimit -f 10240; exec \"$0\" \"$@\""]);
+    shell
+        .arg(command.get_program())
+        .args(command.get_args())
+        .args(["--vm", VM]);
+    let mut daemon = Daemon::spawn(&mut shell);
+    daemon.wait_log("waiting for");
+    let mut a = Host::join(daemon, &world.socket(HostId::A), &FINGERPRINT);
+    let mut b = world.host_with(HostId::B, &[]);
+    b.wait_role(Role::Replaying);
+    a.wait_role(Role::Recording);
+    let count = 12_000;
+    std::thread::scope(|scope| {
+        let (shim, devices) = (&mut a.shim, &mut a.devices);
+        scope.spawn(move || crate::world::append(shim, devices, count));
+        b.replay_through(Lsn(1), Lsn(count));
+    });
+    a.wait_committed(Lsn(count));
+    a.daemon.wait_event("journal_failed");
+    let line = a.daemon.wait_log("the journal ends here");
+    assert!(
+        line.contains("cannot write") && line.contains("goes on without a journal"),
+        "{line}"
+    );
+    a.power_off();
+    assert_eq!(a.daemon.wait_code(), 0);
+    // What is there can be used.
+    let mut reader = JournalReader::open(&world.journal(HostId::A)).unwrap();
+    let mut last = Lsn::ZERO;
+    while let Some((Entry { lsn, .. }, _)) = reader.next_entry().unwrap() {
+        last = lsn;
+    }
+    assert!(last > Lsn(1000));
+}

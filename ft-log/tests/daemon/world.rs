@@ -2,7 +2,6 @@
 
 use std::{
     io::{BufRead, BufReader, Read},
-    os::fd::AsFd,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
@@ -83,15 +82,26 @@ impl World {
         self.path(&format!("{host:?}.journal"))
     }
 
-    /// The usual command line of a host's daemon; later options win over earlier ones where clap allows it.
+    /// The command line of a host's daemon but for `--vm`, with the usual devices.
     pub(crate) fn command(&self, host: HostId) -> Command {
+        self.command_with(host, "blk0,net0")
+    }
+
+    /// A daemon whose devices are numbered in another order.
+    pub(crate) fn start_devices(&self, host: HostId, devices: &str) -> Daemon {
+        let mut daemon = Daemon::spawn(self.command_with(host, devices).args(["--vm", VM]));
+        daemon.wait_log("waiting for");
+        daemon
+    }
+
+    fn command_with(&self, host: HostId, devices: &str) -> Command {
         let (role, peer) = match host {
             HostId::A => ("primary", HostId::B),
             HostId::B => ("backup", HostId::A),
         };
         let mut command = Command::new(env!("CARGO_BIN_EXE_ft-log"));
         command
-            .args(["--role", role, "--devices", "blk0,net0", "--events", "/dev/stdout"])
+            .args(["--role", role, "--devices", devices, "--events", "/dev/stdout"])
             .args(["--host-name", &format!("{host:?}")])
             .args(["--listen", self.address(host), "--peer", self.address(peer)])
             .arg("--socket-path")
@@ -115,10 +125,6 @@ impl World {
     }
 
     /// A daemon and its local processes, all joined.
-    pub(crate) fn host(&self, host: HostId) -> Host {
-        self.host_with(host, &[])
-    }
-
     pub(crate) fn host_with(&self, host: HostId, more: &[&str]) -> Host {
         let arguments: Vec<&str> = ["--vm", VM].iter().chain(more).copied().collect();
         let daemon = self.start_with(host, &arguments);
@@ -308,23 +314,9 @@ impl Host {
         }
     }
 
-    /// Appends `count` entries, by turns from the shim and the devices, and gives the last LSN.
+    /// Appends `count` entries, see [`append`].
     pub(crate) fn append(&mut self, count: u64) -> Lsn {
-        let mut last = Lsn::ZERO;
-        for index in 0..count {
-            let payload = vec![index as u8; (index as usize * 37) % 3000];
-            let input = Body::Input {
-                sequence: index,
-                payload: &payload,
-            };
-            last = match index % 3 {
-                0 => self.shim.log.append(DeviceId::SHIM, 0, &Body::Sync(Stop::default())),
-                1 => self.devices[0].log.append(DeviceId(0), 0, &input),
-                _ => self.devices[1].log.append(DeviceId(1), 0, &input),
-            }
-            .unwrap();
-        }
-        last
+        append(&mut self.shim, &mut self.devices, count)
     }
 
     /// Waits, as a device does, until an entry is committed.
@@ -380,6 +372,25 @@ impl Host {
     }
 }
 
+/// Appends `count` entries, by turns from the shim and the devices, and gives the last LSN.
+pub(crate) fn append(shim: &mut ShimSession, devices: &mut [DeviceSession], count: u64) -> Lsn {
+    let mut last = Lsn::ZERO;
+    for index in 0..count {
+        let payload = vec![index as u8; (index as usize * 37) % 3000];
+        let input = Body::Input {
+            sequence: index,
+            payload: &payload,
+        };
+        last = match index % 3 {
+            0 => shim.log.append(DeviceId::SHIM, 0, &Body::Sync(Stop::default())),
+            1 => devices[0].log.append(DeviceId(0), 0, &input),
+            _ => devices[1].log.append(DeviceId(1), 0, &input),
+        }
+        .unwrap();
+    }
+    last
+}
+
 /// vmm-sys-util's EventFd lends only a raw descriptor.
 trait AsFdCompat {
     fn as_fd_compat(&self) -> std::os::fd::BorrowedFd<'_>;
@@ -391,11 +402,4 @@ impl AsFdCompat for vmm_sys_util::eventfd::EventFd {
         // SAFETY: the descriptor is open as long as `self` is borrowed.
         unsafe { std::os::fd::BorrowedFd::borrow_raw(self.as_raw_fd()) }
     }
-}
-
-/// Bytes of everything in a ring or file descriptor's other side are not needed here; only that it ended.
-pub(crate) fn wait_end(stream: &impl AsFd) {
-    let mut polled = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
-    let ready = poll(&mut polled, PollTimeout::try_from(DEADLINE).unwrap()).unwrap();
-    assert_eq!(ready, 1, "the connection did not end");
 }
