@@ -125,15 +125,18 @@ impl Image {
     /// As read(2).
     pub fn fingerprint(&self) -> io::Result<[u8; 32]> {
         let whole = self.bytes <= WHOLE_BYTES_MAX;
+        // From the first byte to the last; the whole image is as many samples as it takes, end to end.
         let samples = if whole {
             self.bytes.div_ceil(SAMPLE_BYTES)
         } else {
             SAMPLES
         };
-        let stride = if whole {
-            SAMPLE_BYTES
-        } else {
-            (self.bytes - SAMPLE_BYTES) / (SAMPLES - 1)
+        let offset = |sample: u64| match whole {
+            true => sample * SAMPLE_BYTES,
+            false => {
+                let span = u128::from(self.bytes - SAMPLE_BYTES);
+                (span * u128::from(sample) / u128::from(SAMPLES - 1)) as u64
+            }
         };
         let mut digest = Sha256::new();
         digest.update(b"blk");
@@ -141,7 +144,7 @@ impl Image {
         digest.update([u8::from(self.read_only)]);
         let mut buffer = vec![0; SAMPLE_BYTES as usize];
         for sample in 0..samples {
-            let offset = sample * stride;
+            let offset = offset(sample);
             let length = SAMPLE_BYTES.min(self.bytes - offset) as usize;
             self.file.read_exact_at(&mut buffer[..length], offset)?;
             digest.update(&buffer[..length]);

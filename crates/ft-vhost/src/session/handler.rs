@@ -16,9 +16,10 @@ use tracing::{debug, error};
 use vhost::vhost_user::{
     Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
     message::{
-        VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-        VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
-        VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
+        VHOST_USER_CONFIG_OFFSET, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+        VhostUserInflight, VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+        VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
+        VhostUserVringState,
     },
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -31,8 +32,8 @@ use super::{
 use crate::guest_side::{QUEUE_SIZE_MAX, QueueSetup};
 
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-/// Largest configuration space a frontend may ask for; beyond the device's own it is zero.
-const CONFIG_BYTES_MAX: usize = 256;
+/// Where some frontends (Cloud Hypervisor) take the configuration space to begin; others (QEMU) count from 0.
+const CONFIG_OFFSET: u32 = VHOST_USER_CONFIG_OFFSET;
 
 #[derive(Debug, Default)]
 struct Vring {
@@ -298,13 +299,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        let (offset, size) = (offset as usize, size as usize);
-        if offset + size > CONFIG_BYTES_MAX {
-            return Err(Error::InvalidParam);
-        }
-        let mut config = self.description.config.clone();
-        config.resize(CONFIG_BYTES_MAX, 0);
-        Ok(config[offset..offset + size].to_vec())
+        // Beyond the device's own space there are zeros; the library bounds what may be asked for.
+        let offset = offset.checked_sub(CONFIG_OFFSET).unwrap_or(offset) as usize;
+        let mut config = self.description.config.get(offset..).unwrap_or_default().to_vec();
+        config.resize(size as usize, 0);
+        Ok(config)
     }
 
     fn set_config(&mut self, _offset: u32, _buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {

@@ -1,0 +1,121 @@
+//! A vhost-user frontend that speaks as Cloud Hypervisor does, with an answer asked for everything.
+
+use std::{path::Path, time::Duration};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vhost::{
+    VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
+    vhost_user::{
+        Frontend, VhostUserFrontend,
+        message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures},
+    },
+};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::driver::Driver;
+
+/// How long a test waits for something that must happen.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// A connected frontend with the eventfds of its queues.
+pub struct Session {
+    pub frontend: Frontend,
+    pub kicks: Vec<EventFd>,
+    pub calls: Vec<EventFd>,
+    pub features: u64,
+}
+
+impl Session {
+    /// Connects, negotiates `features` (those of them that are offered), shares memory and starts the queues.
+    pub fn start(path: &Path, memory: &GuestMemoryMmap, features: u64, drivers: &[&Driver]) -> Self {
+        let mut session = Self::negotiate(path, features, drivers.len());
+        session.share(memory);
+        for (index, driver) in drivers.iter().enumerate() {
+            session.start_queue(index, driver);
+        }
+        session
+    }
+
+    pub fn negotiate(path: &Path, features: u64, queues: usize) -> Self {
+        let mut frontend = Frontend::connect(path, queues as u64).unwrap();
+        frontend.set_owner().unwrap();
+        let offered = frontend.get_features().unwrap();
+        assert_ne!(offered & PROTOCOL_FEATURES, 0);
+        let protocol = frontend.get_protocol_features().unwrap();
+        let wanted =
+            VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
+        assert!(protocol.contains(wanted));
+        frontend.set_protocol_features(wanted).unwrap();
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        assert!(frontend.get_queue_num().unwrap() >= queues as u64);
+        let features = offered & (features | PROTOCOL_FEATURES);
+        frontend.set_features(features).unwrap();
+        let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        Self {
+            frontend,
+            kicks: (0..queues).map(|_| event()).collect(),
+            calls: (0..queues).map(|_| event()).collect(),
+            features,
+        }
+    }
+
+    pub fn share(&mut self, memory: &GuestMemoryMmap) {
+        let regions: Vec<_> = memory
+            .iter()
+            .map(|region| VhostUserMemoryRegionInfo::from_guest_region(region).unwrap())
+            .collect();
+        self.frontend.set_mem_table(&regions).unwrap();
+    }
+
+    pub fn start_queue(&mut self, index: usize, driver: &Driver) {
+        let setup = driver.setup();
+        let user = |address| driver.memory().get_host_address(GuestAddress(address)).unwrap() as u64;
+        let frontend = &mut self.frontend;
+        frontend.set_vring_num(index, setup.size).unwrap();
+        let addresses = VringConfigData {
+            queue_max_size: setup.size,
+            queue_size: setup.size,
+            flags: 0,
+            desc_table_addr: user(setup.descriptor_table),
+            used_ring_addr: user(setup.used_ring),
+            avail_ring_addr: user(setup.available_ring),
+            log_addr: None,
+        };
+        frontend.set_vring_addr(index, &addresses).unwrap();
+        frontend.set_vring_base(index, setup.next_available).unwrap();
+        frontend.set_vring_call(index, &self.calls[index]).unwrap();
+        frontend.set_vring_kick(index, &self.kicks[index]).unwrap();
+        frontend.set_vring_enable(index, true).unwrap();
+    }
+
+    pub fn kick(&self, queue: usize) {
+        self.kicks[queue].write(1).unwrap();
+    }
+
+    /// Waits for the interrupt of a queue.
+    pub fn wait_call(&self, queue: usize) {
+        let call = &self.calls[queue];
+        assert!(readable_within(call, PATIENCE), "no interrupt on queue {queue}");
+        call.read().unwrap();
+    }
+
+    pub fn config(&mut self, length: u32) -> Vec<u8> {
+        let buffer = vec![0; length as usize];
+        let (_, config) = self
+            .frontend
+            .get_config(0, length, VhostUserConfigFlags::WRITABLE, &buffer)
+            .unwrap();
+        config
+    }
+}
+
+/// Whether a descriptor becomes readable in time.
+pub fn readable_within(fd: &impl std::os::fd::AsRawFd, patience: Duration) -> bool {
+    // SAFETY: the descriptor is open as long as the reference.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::try_from(patience).unwrap()).unwrap() == 1
+}
