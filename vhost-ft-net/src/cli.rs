@@ -62,7 +62,8 @@ impl FromStr for Mac {
         let mut mac = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut mac {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or(MacError::Malformed)?;
+            let hex = |part: &&str| part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit());
+            let part = parts.next().filter(hex).ok_or(MacError::Malformed)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| MacError::Malformed)?;
         }
         match parts.next() {

@@ -3,6 +3,7 @@
 //! ```text
 //!  [nic]       what frames do: out through the hold, in as inputs, the backup's half, going live
 //!   ├ [hold]      frames that wait for their commit, and how long they did ─► [histogram]
+//!   ├ [overheard] what a backup's TAP heard before it went live
 //!   ├ [announce]  whose addresses the network must learn to find here
 //!   └ [tap]       the host's end
 //! ```
@@ -12,4 +13,5 @@ pub mod cli;
 pub mod histogram;
 pub mod hold;
 pub mod nic;
+pub mod overheard;
 pub mod tap;

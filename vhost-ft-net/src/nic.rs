@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!  guest ─► alone: TAP     live: [hold] ─ committed ─► TAP     following: kept, for the primary may not have sent the last ones
-//!  TAP ─► input (a batch per poll) ─► alone: delivered at once    live: logged first    following: there is no TAP
-//!  go live: attach, announce, send the kept frames (a duplicate is legal on a network)
+//!  TAP ─► input (a batch per poll) ─► alone: delivered at once    live: logged first    following: overheard
+//!  go live: announce, send the kept frames (a duplicate is legal on a network), take what was overheard
 //! ```
 
 use std::{collections::VecDeque, io, os::fd::AsRawFd};
@@ -27,6 +27,7 @@ use tracing::{info, warn};
 use crate::{
     announce::{Addresses, Repeats},
     hold::Hold,
+    overheard::Overheard,
     tap::{Tap, TapName},
 };
 
@@ -60,8 +61,11 @@ pub struct Nic {
     tap: Option<Tap>,
     life: Life,
     readable: bool,
+    /// A poll of the TAP is under way.
+    polling: bool,
     hold: Hold,
     kept: VecDeque<Kept>,
+    overheard: Overheard,
     addresses: Addresses,
     repeats: Repeats,
     frames: Vec<Frame>,
@@ -83,8 +87,10 @@ impl Nic {
             tap: None,
             life: Life::Alone,
             readable: false,
+            polling: false,
             hold: Hold::default(),
             kept: VecDeque::new(),
+            overheard: Overheard::default(),
             addresses: Addresses::default(),
             repeats: Repeats::default(),
             frames: Vec::new(),
@@ -98,10 +104,18 @@ impl Nic {
 
     fn attach(&mut self, io: &mut Uring) -> Result<(), End> {
         let tap = Tap::open(&self.tap_name).map_err(End::environment)?;
-        io.poll(tap.as_raw_fd(), TOKEN_TAP);
         self.tap = Some(tap);
+        self.arm(io);
         info!(tap = %self.tap_name, "attached");
         Ok(())
+    }
+
+    /// Asks to be told when the TAP has something.
+    fn arm(&mut self, io: &mut Uring) {
+        if let Some(tap) = self.tap.as_ref().filter(|_| !self.polling) {
+            io.poll(tap.as_raw_fd(), TOKEN_TAP);
+            self.polling = true;
+        }
     }
 
     fn send(&mut self, frame: &Frame) {
@@ -131,26 +145,52 @@ impl Nic {
         self.kept.push_back(Kept { frame, since_ns });
     }
 
-    /// Reads what the TAP has, up to a batch, into a payload; empty if it has nothing.
-    fn receive_batch(&mut self, payload: &mut Vec<u8>, io: &mut Uring) -> io::Result<()> {
-        let Some(tap) = &self.tap else { return Ok(()) };
-        let mut frames = 0;
-        while frames < BATCH_FRAMES_MAX && payload.len() < BATCH_BYTES_MAX {
+    /// Reads one frame; `None`, and a poll for the next, if there is none.
+    fn receive(&mut self, io: &mut Uring) -> io::Result<Option<usize>> {
+        let Some(tap) = &self.tap else { return Ok(None) };
+        loop {
             let Some(bytes) = tap.receive(&mut self.received)? else {
                 self.readable = false;
-                io.poll(tap.as_raw_fd(), TOKEN_TAP);
-                break;
+                self.arm(io);
+                return Ok(None);
             };
-            if bytes < HEADER_BYTES + FRAME_BYTES_MIN {
-                continue;
+            if bytes >= HEADER_BYTES + FRAME_BYTES_MIN {
+                return Ok(Some(bytes));
             }
-            let frame = &self.received[HEADER_BYTES..bytes];
-            payload.extend_from_slice(&(frame.len() as u32).to_le_bytes());
-            payload.extend_from_slice(frame);
+        }
+    }
+
+    /// Reads what the TAP has, up to a batch, into a payload; empty if it has nothing.
+    fn receive_batch(&mut self, payload: &mut Vec<u8>, io: &mut Uring) -> io::Result<()> {
+        let mut frames = 0;
+        while frames < BATCH_FRAMES_MAX && payload.len() < BATCH_BYTES_MAX {
+            if let Some(frame) = self.overheard.take(monotonic_ns()) {
+                push_frame(payload, &frame);
+            } else {
+                let Some(bytes) = self.receive(io)? else { break };
+                push_frame(payload, &self.received[HEADER_BYTES..bytes]);
+            }
             frames += 1;
         }
         Ok(())
     }
+
+    /// What arrives while this side follows is not for its guest, unless it goes live soon.
+    fn overhear(&mut self, io: &mut Uring) -> io::Result<()> {
+        while let Some(bytes) = self.receive(io)? {
+            self.overheard.note(&self.received[HEADER_BYTES..bytes], monotonic_ns());
+        }
+        Ok(())
+    }
+
+    fn tap_gone(&self, error: &io::Error) -> End {
+        End::environment(format!("TAP '{}' is gone: {error}", self.tap_name))
+    }
+}
+
+fn push_frame(payload: &mut Vec<u8>, frame: &[u8]) {
+    payload.extend_from_slice(&(frame.len() as u32).to_le_bytes());
+    payload.extend_from_slice(frame);
 }
 
 impl Device for Nic {
@@ -160,9 +200,6 @@ impl Device for Nic {
 
     fn start(&mut self, life: Life, io: &mut Uring) -> Result<(), End> {
         self.life = life;
-        if life == Life::Follows {
-            return Ok(());
-        }
         self.attach(io)
     }
 
@@ -185,9 +222,13 @@ impl Device for Nic {
         Ok(())
     }
 
-    fn complete(&mut self, _completion: Completion, _io: &mut Uring) -> Result<(), End> {
+    fn complete(&mut self, _completion: Completion, io: &mut Uring) -> Result<(), End> {
         // The only operation here is the poll of the TAP; an error shows in the read.
+        self.polling = false;
         self.readable = true;
+        if self.life == Life::Follows {
+            self.overhear(io).map_err(|error| self.tap_gone(&error))?;
+        }
         Ok(())
     }
 
@@ -198,7 +239,7 @@ impl Device for Nic {
         let mut payload = self.spare.pop().unwrap_or_default();
         payload.clear();
         self.receive_batch(&mut payload, io)
-            .map_err(|error| End::environment(format!("TAP '{}' is gone: {error}", self.tap_name)))?;
+            .map_err(|error| self.tap_gone(&error))?;
         if payload.is_empty() {
             self.recycle(payload);
             return Ok(None);
@@ -218,9 +259,10 @@ impl Device for Nic {
         }
     }
 
-    fn go_live(&mut self, io: &mut Uring, events: &mut Events) -> Result<(), End> {
+    fn go_live(&mut self, _io: &mut Uring, events: &mut Events) -> Result<(), End> {
         self.life = Life::Live;
-        self.attach(io)?;
+        // What was overheard counts as arrived.
+        self.readable = true;
         self.announce();
         let now_ns = monotonic_ns();
         self.repeats = Repeats::after(now_ns);

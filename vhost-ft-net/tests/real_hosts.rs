@@ -1,0 +1,345 @@
+//! The real daemon on a real TAP in a network namespace of its own. Needs root, `ip` and /dev/net/tun: feature `real-hosts`.
+//!
+//! Each test enters a fresh namespace with its thread; the daemon it spawns lives there too. The other end of the TAP is a
+//! packet socket: it sees what the daemon sends, and what it sends the daemon receives.
+
+#![cfg(feature = "real-hosts")]
+
+#[path = "../../crates/ft-vhost/tests/support/mod.rs"]
+mod support;
+
+mod wire;
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader},
+    path::PathBuf,
+    process::Command,
+    time::Duration,
+};
+
+use ft_client::gate::{Answer, Request};
+use ft_protocol::{Generation, Lsn, Role};
+use support::{
+    daemon::{Daemon, fails, text},
+    driver::{Driver, memory, readable, writable},
+    frontend::Session,
+    ft_log::{FtLog, Joined},
+};
+use tempfile::TempDir;
+use vm_memory::GuestMemoryMmap;
+use wire::{Wire, frame};
+
+const ALL_FEATURES: u64 = u64::MAX;
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const TAP: &str = "tap-test";
+/// Long enough for a frame that leaks to be seen.
+const A_WHILE: Duration = Duration::from_millis(200);
+
+/// The guest: both drivers, buffers of 2 KiB each from 1 MiB (receive) and 8 MiB (transmit) on.
+struct Nic {
+    receive: Driver,
+    transmit: Driver,
+    sent: u64,
+}
+
+impl Nic {
+    fn new(memory: &GuestMemoryMmap) -> Self {
+        Self {
+            receive: Driver::new(memory, 0x1_0000, 64, true),
+            transmit: Driver::new(memory, 0x3_0000, 64, true),
+            sent: 0,
+        }
+    }
+
+    fn add_receive(&mut self, count: u64) {
+        for _ in 0..count {
+            // One buffer each: heads come back in any order, so the address follows from the head.
+            let address = |head: u16| (1 << 20) + u64::from(head) * 2048;
+            let head = self.receive.next_head();
+            assert_eq!(self.receive.add(&[writable(address(head), 2048)]), head);
+        }
+    }
+
+    fn take_received(&mut self) -> Option<Vec<u8>> {
+        let (head, length) = self.receive.take_used()?;
+        let bytes = self.receive.read((1 << 20) + u64::from(head) * 2048, length as usize);
+        assert_eq!(bytes[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+        Some(bytes[12..].to_vec())
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        let at = (8 << 20) + (self.sent % 64) * 2048;
+        self.sent += 1;
+        // A header full of lies: no offload was offered.
+        self.transmit.write(at, &[0xff; 12]);
+        self.transmit.write(at + 12, frame);
+        let length = 12 + frame.len() as u32;
+        self.transmit.add(&[readable(at, 20), readable(at + 20, length - 20)]);
+    }
+}
+
+struct Host {
+    directory: TempDir,
+    wire: Wire,
+}
+
+impl Host {
+    fn new() -> Self {
+        Self {
+            wire: Wire::in_a_new_namespace(TAP),
+            directory: TempDir::new().unwrap(),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-ft-net"));
+        command.args(["--socket-path", text(&self.path("socket")), "--tap", TAP]);
+        command.args(["--mac", "52:54:00:01:02:03", "--events", text(&self.path("events"))]);
+        command
+    }
+
+    fn joined(&self, live: bool) -> (Daemon, Joined, Nic, Session) {
+        let log = FtLog::listen(&self.path("ft-log"));
+        let mut command = self.command();
+        command.args(["--ft-log", text(&log.path), "--vm", "ledger", "--device", "net0"]);
+        let daemon = Daemon::listening(&mut command);
+        let mut joined = log.welcome(1, if live { Role::Recording } else { Role::Replaying });
+        let memory = memory();
+        let nic = Nic::new(&memory);
+        let socket = self.path("socket");
+        let session = Session::start(&socket, &memory, ALL_FEATURES, &[&nic.receive, &nic.transmit]);
+        joined.shim.call(&Request::Start { live }).unwrap();
+        (daemon, joined, nic, session)
+    }
+
+    fn events(&self, name: &str) -> Vec<serde_json::Value> {
+        let file = File::open(self.path("events")).unwrap();
+        BufReader::new(file)
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(&line.unwrap()).unwrap())
+            .filter(|event| event["event"] == name)
+            .collect()
+    }
+}
+
+fn kick(joined: &mut Joined, queue: usize, marker: u64) -> Answer {
+    let request = Request::Kick {
+        queue: queue as u16,
+        marker: Lsn(marker),
+        generation: Generation(1),
+    };
+    joined.shim.call(&request).unwrap()
+}
+
+#[test]
+fn alone_frames_pass_both_ways() {
+    let mut host = Host::new();
+    let daemon = Daemon::listening(&mut host.command());
+    let memory = memory();
+    let mut nic = Nic::new(&memory);
+    let mut session = Session::start(
+        &host.path("socket"),
+        &memory,
+        ALL_FEATURES,
+        &[&nic.receive, &nic.transmit],
+    );
+    assert_eq!(session.config(12)[..6], [0x52, 0x54, 0, 1, 2, 3]);
+    nic.add_receive(4);
+    session.kick(RECEIVE);
+    for round in 0..100 {
+        let (out, back) = (frame(round, 100), frame(round + 1000, 1400));
+        nic.send(&out);
+        if nic.transmit.wants_kick() {
+            session.kick(TRANSMIT);
+        }
+        assert_eq!(host.wire.receive(), out);
+        session.wait_call(TRANSMIT);
+        assert!(nic.transmit.take_used().is_some());
+        host.wire.send(&back);
+        let received = loop {
+            if let Some(received) = nic.take_received() {
+                break received;
+            }
+            session.wait_call(RECEIVE);
+        };
+        assert_eq!(received, back);
+        nic.add_receive(1);
+        if nic.receive.wants_kick() {
+            session.kick(RECEIVE);
+        }
+    }
+    daemon.terminate();
+    assert_eq!(daemon.wait().0, Some(0));
+}
+
+#[test]
+fn alone_a_guest_without_buffers_gets_its_frames_once_it_has_some() {
+    let mut host = Host::new();
+    let mut daemon = Daemon::listening(&mut host.command());
+    let memory = memory();
+    let mut nic = Nic::new(&memory);
+    let session = Session::start(
+        &host.path("socket"),
+        &memory,
+        ALL_FEATURES,
+        &[&nic.receive, &nic.transmit],
+    );
+    daemon.wait_line("attached");
+    let sent: Vec<_> = (0..20).map(|number| frame(number, 200)).collect();
+    sent.iter().for_each(|frame| host.wire.send(frame));
+    let mut received = Vec::new();
+    while received.len() < sent.len() {
+        nic.add_receive(3);
+        if nic.receive.wants_kick() {
+            session.kick(RECEIVE);
+        }
+        while received.len() % 3 != 0 || received.len() < sent.len() {
+            match nic.take_received() {
+                Some(frame) => received.push(frame),
+                None => session.wait_call(RECEIVE),
+            }
+            if received.len() % 3 == 0 {
+                break;
+            }
+        }
+    }
+    assert_eq!(received, sent);
+}
+
+#[test]
+fn a_held_frame_is_not_on_the_wire_before_its_commit() {
+    let mut host = Host::new();
+    let (daemon, mut joined, mut nic, _session) = host.joined(true);
+    let frames: Vec<_> = (0..6).map(|number| frame(number, 300)).collect();
+    for (pair, marker) in frames.chunks(2).zip([10, 20, 30]) {
+        pair.iter().for_each(|frame| nic.send(frame));
+        // Completed to the guest at once: it does not wait for the backup.
+        assert!(kick(&mut joined, TRANSMIT, marker).interrupt);
+        assert!(nic.transmit.take_used().is_some() && nic.transmit.take_used().is_some());
+    }
+    assert!(!host.wire.anything_within(A_WHILE));
+    joined.commit(9);
+    assert!(!host.wire.anything_within(A_WHILE));
+    joined.commit(10);
+    assert_eq!([host.wire.receive(), host.wire.receive()], frames[..2]);
+    assert!(!host.wire.anything_within(A_WHILE));
+    joined.commit(30);
+    assert_eq!([(); 4].map(|()| host.wire.receive()), frames[2..]);
+    // Committed already: it leaves at once.
+    nic.send(&frames[0]);
+    kick(&mut joined, TRANSMIT, 30);
+    assert_eq!(host.wire.receive(), frames[0]);
+
+    // What a halted side holds is never sent.
+    nic.send(&frames[1]);
+    kick(&mut joined, TRANSMIT, 40);
+    joined.region.publish(Role::Halted, Generation(1), Lsn(0));
+    joined.commit(40);
+    joined.publish(Role::Halted);
+    assert_eq!(daemon.wait().0, Some(4));
+    assert!(!host.wire.anything_within(A_WHILE));
+    let counted: u64 = host.events("hold").last().unwrap()["buckets"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|bucket| bucket[1].as_u64().unwrap())
+        .sum();
+    assert!(counted > 0);
+}
+
+#[test]
+fn received_frames_are_logged_and_reach_the_guest_when_delivered() {
+    let mut host = Host::new();
+    let (_daemon, mut joined, mut nic, _session) = host.joined(true);
+    nic.add_receive(8);
+    kick(&mut joined, RECEIVE, 1);
+    let sent: Vec<_> = (0..5).map(|number| frame(number, 500)).collect();
+    sent.iter().for_each(|frame| host.wire.send(frame));
+    let mut received = Vec::new();
+    let mut inputs = 0;
+    while received.len() < sent.len() {
+        let (_, sequence, payload) = joined.next_input();
+        inputs += 1;
+        assert_eq!(sequence, inputs);
+        assert_eq!(payload.len() % 504, 0);
+        joined.wait_inputs(inputs);
+        assert!(nic.take_received().is_none());
+        assert!(
+            joined
+                .shim
+                .call(&Request::Deliver { through: inputs })
+                .unwrap()
+                .interrupt
+        );
+        received.extend(std::iter::from_fn(|| nic.take_received()));
+    }
+    assert_eq!(received, sent);
+}
+
+#[test]
+fn a_backup_sends_nothing_until_it_goes_live_and_then_announces_itself() {
+    let mut host = Host::new();
+    let (_daemon, mut joined, mut nic, _session) = host.joined(false);
+    nic.add_receive(8);
+    kick(&mut joined, RECEIVE, 1);
+    let last: Vec<_> = (0..3).map(|number| frame(number, 300)).collect();
+    for frame in &last {
+        nic.send(frame);
+        kick(&mut joined, TRANSMIT, 2);
+    }
+    let from_log = frame(77, 400);
+    let mut payload = 400u32.to_le_bytes().to_vec();
+    payload.extend_from_slice(&from_log);
+    let request = Request::DeliverLogged {
+        sequence: 1,
+        queue: 0,
+        payload: &payload,
+    };
+    assert!(joined.shim.call(&request).unwrap().interrupt);
+    assert_eq!(nic.take_received(), Some(from_log));
+    joined.commit(u64::MAX);
+    assert!(!host.wire.anything_within(A_WHILE));
+
+    joined.region.publish(Role::Live, Generation(2), Lsn(0));
+    let generation = Generation(2);
+    joined.shim.call(&Request::GoLive { inputs: 1, generation }).unwrap();
+    let arp = host.wire.receive();
+    assert_eq!((&arp[12..14], &arp[28..32]), (&[8, 6][..], &wire::GUEST[..]));
+    assert_eq!(host.wire.receive()[12..14], [0x80, 0x35]);
+    assert_eq!([(); 3].map(|()| host.wire.receive()), last[..]);
+    assert_eq!(host.events("announced").len(), 1);
+    // Twice more, a little later.
+    for _ in 0..2 {
+        assert_eq!(host.wire.receive(), arp);
+        assert_eq!(host.wire.receive()[12..14], [0x80, 0x35]);
+    }
+    let next = frame(99, 300);
+    nic.send(&next);
+    kick(&mut joined, TRANSMIT, 1);
+    assert_eq!(host.wire.receive(), next);
+    host.wire.send(&next);
+    assert_eq!(joined.next_input().1, 2);
+}
+
+#[test]
+fn a_tap_that_cannot_be_had_is_one_clear_line() {
+    let host = Host::new();
+    let _daemon = Daemon::listening(&mut host.command());
+    // Wait until the first one has it.
+    let mut other = Command::new(env!("CARGO_BIN_EXE_vhost-ft-net"));
+    other.args(["--socket-path", text(&host.path("other")), "--tap", "nothing"]);
+    let (code, said) = fails(&mut other);
+    assert_eq!((code, said.lines().count()), (Some(3), 1), "{said}");
+    assert!(said.contains("no network interface 'nothing'"), "{said}");
+    let mut other = Command::new(env!("CARGO_BIN_EXE_vhost-ft-net"));
+    other.args(["--socket-path", text(&host.path("other")), "--tap", "lo"]);
+    let (code, said) = fails(&mut other);
+    assert_eq!(code, Some(3), "{said}");
+    assert!(said.contains("cannot attach to TAP 'lo'"), "{said}");
+}
