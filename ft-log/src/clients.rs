@@ -28,6 +28,8 @@ const CONNECTIONS_MAX: usize = DEVICES_MAX + 1 + 16;
 const FINGERPRINT_BYTES_MAX: usize = 256;
 /// A connection that has not said who it is after this time is closed.
 const GREETING_NS_MAX: u64 = 5_000_000_000;
+/// After an error that may go away by itself, such as too many open files.
+const ACCEPT_RETRY_NS: u64 = 100_000_000;
 
 #[derive(Debug)]
 struct Connection {
@@ -70,6 +72,8 @@ pub struct Clients {
     listener: Rc<OwnedFd>,
     connections: Vec<Connection>,
     numbers: u32,
+    /// When to accept again after an error.
+    accept_at_ns: Option<u64>,
 }
 
 impl Clients {
@@ -81,6 +85,7 @@ impl Clients {
             listener: Rc::new(listener),
             connections: Vec::new(),
             numbers: 0,
+            accept_at_ns: None,
         }
     }
 
@@ -96,7 +101,17 @@ impl Clients {
     ///
     /// # Errors
     /// As [`Ring::submit`].
-    pub fn accepted(&mut self, ring: &mut Ring, socket: OwnedFd, now_ns: u64) -> io::Result<()> {
+    pub fn accepted(&mut self, ring: &mut Ring, socket: io::Result<Option<OwnedFd>>, now_ns: u64) -> io::Result<()> {
+        let socket = match socket {
+            Ok(socket) => socket,
+            Err(error) => {
+                warn!("accepting a local client: {error}");
+                self.accept_at_ns = Some(now_ns + ACCEPT_RETRY_NS);
+                return Ok(());
+            }
+        };
+        self.accept(ring)?;
+        let Some(socket) = socket else { return Ok(()) };
         if self.connections.len() >= CONNECTIONS_MAX {
             refuse(&socket, "too many connections");
             return Ok(());
@@ -114,18 +129,23 @@ impl Clients {
         Ok(())
     }
 
-    /// When [`Clients::expire`] has something to do.
+    /// When [`Clients::on_time`] has something to do.
     #[must_use]
     pub fn deadline_ns(&self) -> Option<u64> {
         let greeting = self.connections.iter().filter(|connection| connection.seat.is_none());
-        greeting.map(|connection| connection.greet_until_ns).min()
+        let greeting = greeting.map(|connection| connection.greet_until_ns).min();
+        [greeting, self.accept_at_ns].into_iter().flatten().min()
     }
 
-    /// Closes connections that do not say who they are.
+    /// Closes connections that do not say who they are, and accepts again after an error.
     ///
     /// # Errors
     /// As [`Ring::submit`].
-    pub fn expire(&mut self, ring: &mut Ring, now_ns: u64) -> io::Result<()> {
+    pub fn on_time(&mut self, ring: &mut Ring, now_ns: u64) -> io::Result<()> {
+        if self.accept_at_ns.is_some_and(|at| at <= now_ns) {
+            self.accept_at_ns = None;
+            self.accept(ring)?;
+        }
         let late = |connection: &Connection| connection.seat.is_none() && connection.greet_until_ns <= now_ns;
         while let Some(at) = self.connections.iter().position(late) {
             let connection = self.connections.swap_remove(at);

@@ -221,6 +221,15 @@ impl<T> Uring<T> {
         self.slots.len() - self.free.len()
     }
 
+    /// Whether an operation with this name is in flight.
+    #[must_use]
+    pub fn is_in_flight(&self, token: &T) -> bool
+    where
+        T: PartialEq,
+    {
+        self.slots.iter().flatten().any(|slot| slot.token == *token)
+    }
+
     /// Whether operations are queued that the kernel has not seen.
     pub fn has_queued(&mut self) -> bool {
         !self.ring.submission().is_empty()

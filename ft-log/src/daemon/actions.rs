@@ -8,7 +8,7 @@ use serde_json::json;
 use tracing::{error, info, warn};
 
 use super::Daemon;
-use crate::{arbiter::Answer, config::Side, exit::Exit};
+use crate::{arbiter::Answer, exit::Exit};
 
 impl Daemon {
     /// Takes an event to the core and does what it says; events that follow from that come after it.
@@ -21,7 +21,7 @@ impl Daemon {
         while let Some(event) = self.queue.pop_front() {
             let exit = self.exit_after(&event);
             let mut actions = std::mem::take(&mut self.actions);
-            self.replica.step(monotonic_ns(), event, &mut actions);
+            self.vm.replica.step(monotonic_ns(), event, &mut actions);
             for action in actions.drain(..) {
                 self.perform(action, exit)?;
             }
@@ -33,20 +33,20 @@ impl Daemon {
     /// Exit status if this event ends the replica.
     fn exit_after(&self, event: &Event) -> Exit {
         match event {
-            Event::LocalFailure { .. } => self.failure,
+            Event::LocalFailure { .. } => self.vm.failure,
             Event::Arbiter { .. } => Exit::LostArbitration,
             _ => Exit::Environment,
         }
     }
 
     fn perform(&mut self, action: Action, exit: Exit) -> io::Result<()> {
-        let generation = self.replica.generation();
+        let generation = self.vm.replica.generation();
         match action {
             Action::Send(message) => {
                 if matches!(message, ft_protocol::message::Message::Ack(_)) {
                     crash::point("log.ack.before");
                 }
-                if let Some(channel) = self.link.channel() {
+                if let Some(channel) = self.vm.link.channel() {
                     channel.message(&message, generation);
                 }
             }
@@ -56,14 +56,14 @@ impl Daemon {
                 }
             }
             Action::SendEntries { .. } => {
-                if let Some(channel) = self.link.channel() {
+                if let Some(channel) = self.vm.link.channel() {
                     channel.allow();
                 }
             }
             Action::Commit(committed) => self.commit(committed),
             Action::AskArbiter { generation } => {
-                self.arbiter_warned = false;
-                self.arbiter.ask(&mut self.ring, generation, monotonic_ns())?;
+                self.vm.arbiter_warned = false;
+                self.vm.arbiter.ask(&mut self.ring, generation, monotonic_ns())?;
             }
             Action::Publish {
                 role,
@@ -91,36 +91,36 @@ impl Daemon {
 
     fn commit(&mut self, committed: Committed) {
         crash::point("log.commit.before");
-        for device in self.local.region.commit(committed) {
-            self.local.ring_commit(device);
+        for device in self.vm.local.region.commit(committed) {
+            self.vm.local.ring_commit(device);
         }
         crash::point("log.commit.after");
     }
 
     fn publish(&mut self, role: Role, generation: Generation, replay_end: Lsn) {
-        let is_primary = self.config.role == Side::Primary;
+        let is_primary = self.vm.is_primary();
         match role {
-            Role::Recording | Role::Replaying => self.journal.start(generation),
-            Role::GoingLive | Role::Live => self.journal.finish(),
+            Role::Recording | Role::Replaying => self.vm.journal.start(generation),
+            Role::GoingLive | Role::Live => self.vm.journal.finish(),
             _ => {}
         }
         if role == Role::Live && !is_primary {
             // A new generation's log, before anybody may write it.
-            self.local.region.restart_log(Lsn(1));
-            self.local.merger.restart(Lsn(1));
+            self.vm.local.region.restart_log(Lsn(1));
+            self.vm.local.merger.restart(Lsn(1));
         }
-        self.local.region.publish(role, generation, replay_end);
-        self.local.ring_all();
+        self.vm.local.region.publish(role, generation, replay_end);
+        self.vm.local.ring_all();
         info!("{role:?}, generation {generation}");
         match role {
             Role::Recording | Role::Replaying => {
                 self.events.emit("paired", json!({ "generation": generation.0 }));
             }
             Role::GoingLive => self.queue.push_back(Event::Consumed {
-                through: self.local.region.consumed().min(replay_end),
+                through: self.vm.local.region.consumed().min(replay_end),
             }),
             Role::Live => {
-                if is_primary && !self.config.alone {
+                if is_primary && !self.vm.alone {
                     self.events.emit("backup_gone", json!({ "generation": generation.0 }));
                 }
                 self.events.emit("go_live", json!({ "generation": generation.0 }));
@@ -141,7 +141,7 @@ impl Daemon {
             Verdict::Lost => "lost",
             Verdict::Unreachable => "unreachable",
         };
-        let is_new = verdict != Verdict::Unreachable || self.arbiter_trouble.as_ref() != Some(&detail);
+        let is_new = verdict != Verdict::Unreachable || self.vm.arbiter_trouble.as_ref() != Some(&detail);
         if is_new {
             self.events.emit(
                 "arbiter",
@@ -153,10 +153,10 @@ impl Daemon {
                 if is_new {
                     warn!("the arbiter is unreachable: {detail}");
                 }
-                self.arbiter_trouble = Some(detail);
+                self.vm.arbiter_trouble = Some(detail);
             }
             _ => {
-                self.arbiter_trouble = None;
+                self.vm.arbiter_trouble = None;
                 info!("arbiter, generation {generation}: {name} {detail}");
             }
         }

@@ -11,13 +11,15 @@ use ft_client::events::monotonic_ns;
 use ft_protocol::{Event, Role};
 use tracing::{debug, info, warn};
 
-use super::{Daemon, RETRY_NS};
+use super::Daemon;
 use crate::{
     channel::{self, Channel},
     token::{Done, Ring, Token},
     uring::Operation,
 };
 
+/// After an error of accept, which may go away by itself.
+const ACCEPT_RETRY_NS: u64 = 100_000_000;
 /// Between two attempts to connect.
 const CONNECT_RETRY_NS: u64 = 100_000_000;
 /// How long one attempt may take.
@@ -107,7 +109,7 @@ impl Daemon {
     // ---- coming up ---------------------------------------------------------------------------------------------------
 
     pub(super) fn accept_channel(&mut self) -> io::Result<()> {
-        match &self.link.listener {
+        match &self.vm.link.listener {
             Some(listener) => self
                 .ring
                 .submit(Token::ChannelAccept, Operation::Accept(Rc::clone(listener))),
@@ -118,7 +120,7 @@ impl Daemon {
     pub(super) fn channel_accepted(&mut self, done: Done) -> io::Result<()> {
         if let Err(error) = &done.result {
             warn!("accepting the logging channel: {error}");
-            self.link.accept_at_ns = Some(monotonic_ns() + RETRY_NS);
+            self.vm.link.accept_at_ns = Some(monotonic_ns() + ACCEPT_RETRY_NS);
             return Ok(());
         }
         self.accept_channel()?;
@@ -129,7 +131,7 @@ impl Daemon {
         let expected = self.config.peer.map(|expected| expected.ip());
         if expected != Some(peer.ip()) {
             warn!("refused a connection from {peer}, which is not the peer's address (--peer)");
-        } else if self.link.channel.is_some() || self.replica.role() != Role::Pairing {
+        } else if self.vm.link.channel.is_some() || self.vm.replica.role() != Role::Pairing {
             warn!("refused a second connection from {peer}");
         } else {
             self.open_channel(Rc::new(socket), peer)?;
@@ -138,7 +140,7 @@ impl Daemon {
     }
 
     fn connect(&mut self, now_ns: u64) -> io::Result<()> {
-        self.link.connect_at_ns = None;
+        self.vm.link.connect_at_ns = None;
         let (Some(local), Some(peer)) = (self.config.listen, self.config.peer) else {
             return Ok(());
         };
@@ -149,7 +151,7 @@ impl Daemon {
                 return Ok(());
             }
         };
-        self.link.connecting = Some(Connecting {
+        self.vm.link.connecting = Some(Connecting {
             socket: Rc::clone(&socket),
             until_ns: now_ns + CONNECT_NS,
         });
@@ -158,10 +160,10 @@ impl Daemon {
     }
 
     pub(super) fn channel_connected(&mut self, done: Done) -> io::Result<()> {
-        let (Some(connecting), Some(peer)) = (self.link.connecting.take(), self.config.peer) else {
+        let (Some(connecting), Some(peer)) = (self.vm.link.connecting.take(), self.config.peer) else {
             return Ok(());
         };
-        if self.replica.role() != Role::Pairing || self.ending.is_some() {
+        if self.vm.replica.role() != Role::Pairing || self.ending.is_some() {
             return Ok(());
         }
         match done.result {
@@ -174,19 +176,19 @@ impl Daemon {
     }
 
     fn cannot_connect(&mut self, error: &io::Error) {
-        if self.link.told != Some(error.kind()) {
+        if self.vm.link.told != Some(error.kind()) {
             info!("waiting for the peer: {error}");
-            self.link.told = Some(error.kind());
+            self.vm.link.told = Some(error.kind());
         }
-        self.link.connect_at_ns = Some(monotonic_ns() + CONNECT_RETRY_NS);
+        self.vm.link.connect_at_ns = Some(monotonic_ns() + CONNECT_RETRY_NS);
     }
 
     fn open_channel(&mut self, socket: Rc<OwnedFd>, peer: SocketAddr) -> io::Result<()> {
-        self.link.numbers = self.link.numbers.wrapping_add(1);
-        match Channel::new(&mut self.ring, self.link.numbers, socket, peer) {
+        self.vm.link.numbers = self.vm.link.numbers.wrapping_add(1);
+        match Channel::new(&mut self.ring, self.vm.link.numbers, socket, peer) {
             Ok(channel) => {
                 debug!("channel with {peer} is up");
-                self.link.channel = Some(channel);
+                self.vm.link.channel = Some(channel);
                 self.handle(Event::ChannelUp)
             }
             Err(error) => {
@@ -198,25 +200,31 @@ impl Daemon {
     }
 
     fn connect_again(&mut self) {
-        let waits = self.replica.role() == Role::Pairing && self.ending.is_none();
-        if waits && self.link.listener.is_none() {
-            self.link.connect_at_ns = Some(monotonic_ns() + CONNECT_RETRY_NS);
+        let waits = self.vm.replica.role() == Role::Pairing && self.ending.is_none();
+        if waits && self.vm.link.listener.is_none() {
+            self.vm.link.connect_at_ns = Some(monotonic_ns() + CONNECT_RETRY_NS);
         }
     }
 
     // ---- in use ------------------------------------------------------------------------------------------------------
 
     pub(super) fn channel_received(&mut self, number: u32, done: Done) -> io::Result<()> {
-        if let Some(channel) = self.link.leaving(number) {
+        if let Some(channel) = self.vm.link.leaving(number) {
             return match channel.received(done) {
                 Ok(true) => {
                     channel.discard();
                     channel.receive(&mut self.ring)
                 }
-                _ => self.link.left(&mut self.ring),
+                _ => self.vm.link.left(&mut self.ring),
             };
         }
-        let Some(channel) = self.link.channel.as_mut().filter(|channel| channel.number() == number) else {
+        let Some(channel) = self
+            .vm
+            .link
+            .channel
+            .as_mut()
+            .filter(|channel| channel.number() == number)
+        else {
             return Ok(());
         };
         match channel.received(done) {
@@ -230,13 +238,19 @@ impl Daemon {
     }
 
     pub(super) fn channel_sent(&mut self, number: u32, done: Done) -> io::Result<()> {
-        if let Some(channel) = self.link.leaving(number) {
+        if let Some(channel) = self.vm.link.leaving(number) {
             return match channel.sent(&mut self.ring, done) {
                 Ok(()) => Ok(()),
-                Err(_) => self.link.left(&mut self.ring),
+                Err(_) => self.vm.link.left(&mut self.ring),
             };
         }
-        let Some(channel) = self.link.channel.as_mut().filter(|channel| channel.number() == number) else {
+        let Some(channel) = self
+            .vm
+            .link
+            .channel
+            .as_mut()
+            .filter(|channel| channel.number() == number)
+        else {
             return Ok(());
         };
         if let Err(error) = channel.sent(&mut self.ring, done) {
@@ -247,10 +261,10 @@ impl Daemon {
     }
 
     pub(super) fn flush_link(&mut self) -> io::Result<()> {
-        if let Some(leaving) = &mut self.link.leaving {
+        if let Some(leaving) = &mut self.vm.link.leaving {
             leaving.channel.wind_down(&mut self.ring)?;
         }
-        match &mut self.link.channel {
+        match &mut self.vm.link.channel {
             Some(channel) => channel.flush(&mut self.ring),
             None => Ok(()),
         }
@@ -258,14 +272,14 @@ impl Daemon {
 
     pub(super) fn link_on_time(&mut self, now_ns: u64) -> io::Result<()> {
         let due = |at: Option<u64>| at.is_some_and(|at| at <= now_ns);
-        if due(self.link.connect_at_ns) {
+        if due(self.vm.link.connect_at_ns) {
             self.connect(now_ns)?;
         }
-        if due(self.link.accept_at_ns) {
-            self.link.accept_at_ns = None;
+        if due(self.vm.link.accept_at_ns) {
+            self.vm.link.accept_at_ns = None;
             self.accept_channel()?;
         }
-        if let Some(connecting) = &mut self.link.connecting
+        if let Some(connecting) = &mut self.vm.link.connecting
             && connecting.until_ns <= now_ns
         {
             // The connect then completes with an error.
@@ -273,8 +287,8 @@ impl Daemon {
             let shut = Operation::Shutdown(Rc::clone(&connecting.socket), libc::SHUT_RDWR);
             self.ring.submit(Token::Cleanup, shut)?;
         }
-        if due(self.link.leaving.as_ref().map(|leaving| leaving.until_ns)) {
-            self.link.left(&mut self.ring)?;
+        if due(self.vm.link.leaving.as_ref().map(|leaving| leaving.until_ns)) {
+            self.vm.link.left(&mut self.ring)?;
         }
         Ok(())
     }
@@ -283,15 +297,15 @@ impl Daemon {
 
     /// The core closes the channel: the last messages leave, nothing more is taken from it.
     pub(super) fn close_channel(&mut self) -> io::Result<()> {
-        let Some(mut channel) = self.link.channel.take() else {
+        let Some(mut channel) = self.vm.link.channel.take() else {
             return Ok(());
         };
-        self.link.left(&mut self.ring)?;
-        self.is_full = false;
+        self.vm.link.left(&mut self.ring)?;
+        self.vm.is_full = false;
         // Whatever comes is dropped; a receive must be in flight, since it tells the end of the stream.
         channel.discard();
         channel.receive(&mut self.ring)?;
-        self.link.leaving = Some(Leaving {
+        self.vm.link.leaving = Some(Leaving {
             channel,
             until_ns: monotonic_ns() + LEAVE_NS,
         });
@@ -301,10 +315,10 @@ impl Daemon {
 
     /// The channel broke.
     pub(super) fn drop_channel(&mut self) -> io::Result<()> {
-        let Some(channel) = self.link.channel.take() else {
+        let Some(channel) = self.vm.link.channel.take() else {
             return Ok(());
         };
-        self.is_full = false;
+        self.vm.is_full = false;
         channel.cut(&mut self.ring)?;
         self.gone();
         self.handle_queued()

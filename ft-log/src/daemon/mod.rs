@@ -12,21 +12,26 @@ mod actions;
 mod link;
 mod receive;
 mod record;
+mod vm;
 
 use std::{collections::VecDeque, io, os::fd::OwnedFd, rc::Rc};
 
 use ft_client::events::{Events, monotonic_ns};
-use ft_protocol::{Action, Event, Lsn, Replica, Role};
+use ft_protocol::{Action, Event, Role};
 use serde_json::json;
 use tracing::{info, warn};
 
+use self::{
+    link::Link,
+    vm::{Counters, Vm},
+};
 use crate::{
     arbiter::Arbiter,
     clients::{Clients, News},
     config::{Config, Side},
     exit::Exit,
     heartbeat::Heartbeats,
-    journal_writer::{JournalFailure, JournalWriter},
+    journal_writer::JournalFailure,
     local::Local,
     merge::Violation,
     token::{Done, Ring, Token},
@@ -43,8 +48,6 @@ const FULL_RETRY_NS: u64 = 1_000_000;
 const JOURNAL_END_NS: u64 = 5_000_000_000;
 /// How long an arbiter may be silent before the operator hears of it.
 const ARBITER_SILENCE_NS: u64 = 1_000_000_000;
-/// How long to wait after an error that may go away by itself.
-const RETRY_NS: u64 = 100_000_000;
 /// struct signalfd_siginfo.
 const SIGNAL_BYTES: usize = 128;
 
@@ -69,13 +72,6 @@ pub struct Parts {
     pub arbiter: Arbiter,
 }
 
-/// Log traffic since the start.
-#[derive(Clone, Copy, Debug, Default)]
-struct Counters {
-    entries: u64,
-    bytes: u64,
-}
-
 #[derive(Clone, Copy, Debug)]
 struct Ending {
     exit: Exit,
@@ -91,25 +87,13 @@ pub struct Daemon {
     signals: Rc<OwnedFd>,
     doorbell: Rc<OwnedFd>,
     clients: Clients,
-    local: Local,
-    replica: Replica,
-    arbiter: Arbiter,
-    arbiter_trouble: Option<String>,
-    arbiter_warned: bool,
-    journal: JournalWriter,
     heartbeats: Option<Heartbeats>,
-    link: link::Link,
-    /// Received entries wait for room in the replay ring.
-    is_full: bool,
+    vm: Vm,
     queue: VecDeque<Event>,
     actions: Vec<Action>,
     news: Vec<News>,
     scratch: Vec<u8>,
-    counters: Counters,
     report_at_ns: u64,
-    power_off: Option<Lsn>,
-    /// Exit status of the local failure that is being told to the core.
-    failure: Exit,
     ending: Option<Ending>,
 }
 
@@ -121,29 +105,20 @@ impl Daemon {
     pub fn new(config: Config, parts: Parts) -> io::Result<Self> {
         let now_ns = monotonic_ns();
         let connects = config.role == Side::Primary && !config.alone;
+        let link = Link::new(parts.listener, connects.then_some(now_ns));
         let mut daemon = Self {
             clients: Clients::new(&config.vm, parts.socket),
-            replica: Replica::new(config.replica(), now_ns),
-            journal: JournalWriter::new(config.journal.clone(), &config.vm),
-            link: link::Link::new(parts.listener, connects.then_some(now_ns)),
             doorbell: Rc::new(parts.local.doorbell()?),
             ring: parts.ring,
             events: parts.events,
             signals: Rc::new(parts.signals),
-            local: parts.local,
-            arbiter: parts.arbiter,
-            arbiter_trouble: None,
-            arbiter_warned: false,
             heartbeats: parts.heartbeats,
-            is_full: false,
+            vm: Vm::new(&config, now_ns, parts.local, link, parts.arbiter),
             queue: VecDeque::new(),
             actions: Vec::new(),
             news: Vec::new(),
             scratch: Vec::new(),
-            counters: Counters::default(),
             report_at_ns: now_ns + REPORT_NS,
-            power_off: None,
-            failure: Exit::LocalFailure,
             ending: None,
             config,
         };
@@ -158,7 +133,7 @@ impl Daemon {
             "VM '{}', {:?}, waiting for {} on {}",
             daemon.config.vm,
             daemon.config.role,
-            daemon.local.missing().collect::<Vec<_>>().join(", "),
+            daemon.vm.local.missing().collect::<Vec<_>>().join(", "),
             daemon.config.socket_path.display()
         );
         Ok(daemon)
@@ -176,7 +151,7 @@ impl Daemon {
                 worked = true;
             }
             worked |= self.record()?;
-            if self.is_full {
+            if self.vm.is_full {
                 self.receive_log()?;
             }
             let now_ns = monotonic_ns();
@@ -200,7 +175,7 @@ impl Daemon {
     /// Something often follows at once, and waking up costs more than looking.
     fn spin(&mut self) {
         for _ in 0..SPINS {
-            if self.local.merger.is_ready() {
+            if self.vm.local.merger.is_ready() {
                 break;
             }
             std::hint::spin_loop();
@@ -209,17 +184,17 @@ impl Daemon {
 
     fn sleep(&mut self) -> io::Result<()> {
         // Whoever appends after this rings; whoever appended before is seen by the second look.
-        let listens = self.takes_entries();
+        let listens = self.vm.takes_entries();
         if listens {
-            self.local.merger.set_sleeping(true);
+            self.vm.local.merger.set_sleeping(true);
         }
-        if !(listens && self.local.merger.is_ready()) {
+        if !(listens && self.vm.local.merger.is_ready()) {
             let now_ns = monotonic_ns();
             let wait_ns = self.deadline_ns().saturating_sub(now_ns);
             self.ring.enter(Some(wait_ns))?;
         }
         if listens {
-            self.local.merger.set_sleeping(false);
+            self.vm.local.merger.set_sleeping(false);
         }
         Ok(())
     }
@@ -239,17 +214,13 @@ impl Daemon {
                 Ok(())
             }
             Token::LocalAccept => {
-                if let Some(socket) = done.descriptor {
-                    self.clients.accepted(&mut self.ring, socket, monotonic_ns())?;
-                } else if let Err(error) = done.result {
-                    warn!("accepting a local client: {error}");
-                }
-                self.clients.accept(&mut self.ring)
+                let socket = done.result.map(|_| done.descriptor);
+                self.clients.accepted(&mut self.ring, socket, monotonic_ns())
             }
             Token::Local(number) => {
                 let mut news = std::mem::take(&mut self.news);
                 self.clients
-                    .received(&mut self.ring, number, done, &mut self.local, &mut news)?;
+                    .received(&mut self.ring, number, done, &mut self.vm.local, &mut news)?;
                 for item in news.drain(..) {
                     self.heard(item)?;
                 }
@@ -275,11 +246,11 @@ impl Daemon {
                 }
                 Ok(())
             }
-            Token::Arbiter => match self.arbiter.completed(&mut self.ring, done)? {
+            Token::Arbiter => match self.vm.arbiter.completed(&mut self.ring, done)? {
                 Some(answer) => self.arbiter_answered(answer),
                 None => Ok(()),
             },
-            Token::Journal => match self.journal.completed(&mut self.ring, done) {
+            Token::Journal => match self.vm.journal.completed(&mut self.ring, done) {
                 Ok(()) => Ok(()),
                 Err(failure) => self.journal_failed(failure),
             },
@@ -302,20 +273,20 @@ impl Daemon {
         match news {
             News::Complete => {
                 info!("all local processes have joined");
-                let fingerprint = self.local.fingerprint();
+                let fingerprint = self.vm.local.fingerprint();
                 self.handle(Event::LocalReady { fingerprint })
             }
             News::Reported { seat, reason } => {
-                let diverged = seat == self.local.shim() && reason.starts_with("diverged");
+                let diverged = seat == self.vm.local.shim() && reason.starts_with("diverged");
                 let exit = if diverged { Exit::Diverged } else { Exit::LocalFailure };
-                self.client_failed(exit, format!("{} failed: {reason}", self.local.name(seat)))
+                self.client_failed(exit, format!("{} failed: {reason}", self.vm.local.name(seat)))
             }
             News::Garbage { seat } => {
-                let reason = format!("{} sent something that is no report", self.local.name(seat));
+                let reason = format!("{} sent something that is no report", self.vm.local.name(seat));
                 self.client_failed(Exit::LocalFailure, reason)
             }
             News::Ended { seat } => {
-                let reason = format!("{} ended", self.local.name(seat));
+                let reason = format!("{} ended", self.vm.local.name(seat));
                 self.client_failed(Exit::LocalFailure, reason)
             }
         }
@@ -325,8 +296,8 @@ impl Daemon {
     fn client_failed(&mut self, exit: Exit, reason: String) -> io::Result<()> {
         while self.record()? {}
         self.look_at_consumed()?;
-        let guest_is_off = self.config.role == Side::Primary && self.power_off.is_some();
-        if guest_is_off || matches!(self.replica.role(), Role::Off | Role::Halted) {
+        let guest_is_off = self.vm.is_primary() && self.vm.power_off.is_some();
+        if guest_is_off || matches!(self.vm.replica.role(), Role::Off | Role::Halted) {
             info!("{reason}, after the end of the guest");
             return Ok(());
         }
@@ -335,12 +306,12 @@ impl Daemon {
 
     /// This replica is over, with this exit status.
     fn fail(&mut self, exit: Exit, reason: String) -> io::Result<()> {
-        self.failure = exit;
+        self.vm.failure = exit;
         self.handle(Event::LocalFailure { reason })
     }
 
     fn breached(&mut self, violation: Violation) -> io::Result<()> {
-        let name = self.local.name(violation.seat);
+        let name = self.vm.local.name(violation.seat);
         let reason = format!("{name} broke the rules of the log: {}", violation.breach);
         self.fail(Exit::LocalFailure, reason)
     }
@@ -357,25 +328,25 @@ impl Daemon {
 
     /// The shim rings when it has applied what it must.
     fn look_at_consumed(&mut self) -> io::Result<()> {
-        if !matches!(self.replica.role(), Role::Replaying | Role::GoingLive) {
+        if !matches!(self.vm.replica.role(), Role::Replaying | Role::GoingLive) {
             return Ok(());
         }
-        let through = self.local.region.consumed().min(self.replica.last());
+        let through = self.vm.local.region.consumed().min(self.vm.replica.last());
         self.handle(Event::Consumed { through })
     }
 
     // ---- time --------------------------------------------------------------------------------------------------------
 
     fn deadline_ns(&self) -> u64 {
-        let full = self.is_full.then(|| monotonic_ns() + FULL_RETRY_NS);
-        let silence = (!self.arbiter_warned)
-            .then(|| self.arbiter.asked_at_ns())
+        let full = self.vm.is_full.then(|| monotonic_ns() + FULL_RETRY_NS);
+        let silence = (!self.vm.arbiter_warned)
+            .then(|| self.vm.arbiter.asked_at_ns())
             .flatten()
             .map(|asked| asked + ARBITER_SILENCE_NS);
         [
-            self.replica.deadline_ns(),
-            self.link.deadline_ns(),
-            self.journal.deadline_ns(),
+            self.vm.replica.deadline_ns(),
+            self.vm.link.deadline_ns(),
+            self.vm.journal.deadline_ns(),
             self.clients.deadline_ns(),
             self.ending.map(|ending| ending.until_ns),
             full,
@@ -387,14 +358,14 @@ impl Daemon {
     }
 
     fn on_time(&mut self, now_ns: u64) -> io::Result<()> {
-        if self.replica.deadline_ns().is_some_and(|at| at <= now_ns) {
+        if self.vm.replica.deadline_ns().is_some_and(|at| at <= now_ns) {
             self.handle(Event::Tick)?;
         }
         self.link_on_time(now_ns)?;
-        self.clients.expire(&mut self.ring, now_ns)?;
-        let asked = self.arbiter.asked_at_ns();
-        if !self.arbiter_warned && asked.is_some_and(|asked| now_ns >= asked + ARBITER_SILENCE_NS) {
-            self.arbiter_warned = true;
+        self.clients.on_time(&mut self.ring, now_ns)?;
+        let asked = self.vm.arbiter.asked_at_ns();
+        if !self.vm.arbiter_warned && asked.is_some_and(|asked| now_ns >= asked + ARBITER_SILENCE_NS) {
+            self.vm.arbiter_warned = true;
             warn!(
                 "{}: the arbiter does not answer; nothing is released until it does",
                 self.config.arbiter.display()
@@ -403,8 +374,8 @@ impl Daemon {
         if now_ns >= self.report_at_ns {
             self.report_at_ns = now_ns + REPORT_NS;
             self.report();
-            if self.takes_entries()
-                && let Err(violation) = self.local.merger.check_gap(now_ns)
+            if self.vm.takes_entries()
+                && let Err(violation) = self.vm.local.merger.check_gap(now_ns)
             {
                 self.breached(violation)?;
             }
@@ -413,7 +384,7 @@ impl Daemon {
     }
 
     fn report(&mut self) {
-        let Counters { entries, bytes } = self.counters;
+        let Counters { entries, bytes } = self.vm.counters;
         let ignored = self.heartbeats.as_ref().map_or(0, Heartbeats::ignored);
         self.events.emit(
             "log",
@@ -423,11 +394,11 @@ impl Daemon {
 
     fn flush(&mut self, now_ns: u64) -> io::Result<()> {
         self.flush_link()?;
-        self.journal.pump(&mut self.ring, now_ns)
+        self.vm.journal.pump(&mut self.ring, now_ns)
     }
 
     fn end(&mut self, exit: Exit) -> io::Result<()> {
-        self.journal.finish();
+        self.vm.journal.finish();
         self.close_channel()?;
         self.ending = Some(Ending {
             exit,
@@ -436,10 +407,10 @@ impl Daemon {
         Ok(())
     }
 
-    /// The end waits for the last messages and for the journal, but not for ever.
+    /// The end waits for the last messages, the journal and what is being cleaned up, but not for ever.
     fn is_over(&self, now_ns: u64) -> Option<Exit> {
         let ending = self.ending?;
-        let is_quiet = self.journal.is_idle() && self.link.is_quiet();
+        let is_quiet = self.vm.journal.is_idle() && self.vm.link.is_quiet() && !self.ring.is_in_flight(&Token::Cleanup);
         (is_quiet || now_ns >= ending.until_ns).then_some(ending.exit)
     }
 }

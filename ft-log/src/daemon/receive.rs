@@ -15,7 +15,7 @@ use ft_protocol::{
 use tracing::warn;
 
 use super::Daemon;
-use crate::{config::Side, exit::Exit, merge::Batch};
+use crate::{exit::Exit, merge::Batch};
 
 /// Offset of the kind in a frame's header.
 const KIND: usize = 20;
@@ -35,15 +35,17 @@ enum Stop {
 impl Daemon {
     /// Goes through everything that was received.
     pub(super) fn receive_log(&mut self) -> io::Result<()> {
-        self.is_full = false;
-        while self.link.channel.is_some() {
+        self.vm.is_full = false;
+        while self.vm.link.channel.is_some() {
             let stop = self.store_entries()?;
             // The acknowledgement may have found a gap, or the power-off ended the pair.
-            let Some(channel) = &mut self.link.channel else { break };
+            let Some(channel) = &mut self.vm.link.channel else {
+                break;
+            };
             match stop {
                 Stop::Starved => return channel.receive(&mut self.ring),
                 Stop::Full => {
-                    self.is_full = true;
+                    self.vm.is_full = true;
                     return Ok(());
                 }
                 Stop::Message(length) => {
@@ -63,13 +65,13 @@ impl Daemon {
 
     /// Puts the entries at the start of what was received into the replay ring, and acknowledges them all at once.
     fn store_entries(&mut self) -> io::Result<Stop> {
-        let Some(channel) = &mut self.link.channel else {
+        let is_follower =
+            !self.vm.is_primary() && matches!(self.vm.replica.role(), Role::Replaying | Role::Arbitrating);
+        let Some(channel) = &mut self.vm.link.channel else {
             return Ok(Stop::Starved);
         };
-        let is_follower =
-            self.config.role == Side::Backup && matches!(self.replica.role(), Role::Replaying | Role::Arbitrating);
-        let generation = self.replica.generation();
-        let from = self.replica.last().next();
+        let generation = self.vm.replica.generation();
+        let from = self.vm.replica.last().next();
         let mut next = from;
         let mut power_off = None;
         let received = channel.unused();
@@ -101,10 +103,10 @@ impl Daemon {
                     entry.generation
                 ));
             }
-            if !self.local.replay.fits(length) {
+            if !self.vm.local.replay.fits(length) {
                 break Stop::Full;
             }
-            self.local.replay.push(length, |out| out.copy_from_slice(bytes));
+            self.vm.local.replay.push(length, |out| out.copy_from_slice(bytes));
             if matches!(entry.body, Body::PowerOff { .. }) {
                 power_off = Some(next);
             }
@@ -112,7 +114,7 @@ impl Daemon {
             next = next.next();
         };
         if used > 0 {
-            let journalled = self.journal.append(&received[..used], from, monotonic_ns());
+            let journalled = self.vm.journal.append(&received[..used], from, monotonic_ns());
             channel.taken(used);
             let through = Lsn(next.0 - 1);
             let batch = Batch {
@@ -126,7 +128,7 @@ impl Daemon {
                 from,
                 through,
             })?;
-            self.local.region.wake_shim();
+            self.vm.local.region.wake_shim();
             if let Err(failure) = journalled {
                 self.journal_failed(failure)?;
             }
@@ -138,7 +140,7 @@ impl Daemon {
     /// The peer sent what no peer sends. Before pairing that is a stranger on the backup's port; in a pair it is a damaged log,
     /// and this side cannot go on with it.
     fn damaged(&mut self, reason: String) -> io::Result<()> {
-        if self.replica.role() == Role::Pairing && self.config.role == Side::Backup {
+        if self.vm.replica.role() == Role::Pairing && !self.vm.is_primary() {
             warn!("closed a connection that does not speak this protocol: {reason}");
             return self.drop_channel();
         }

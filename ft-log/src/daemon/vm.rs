@@ -1,0 +1,80 @@
+//! Everything that belongs to one VM. The daemon round it has the ring, the clock and the operator.
+
+use ft_protocol::{Lsn, Replica, Role};
+
+use super::link::Link;
+use crate::{
+    arbiter::Arbiter,
+    channel,
+    config::{Config, Side},
+    exit::Exit,
+    journal_writer::JournalWriter,
+    local::Local,
+};
+
+/// Log traffic since the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counters {
+    pub(super) entries: u64,
+    pub(super) bytes: u64,
+}
+
+/// One VM on this host.
+#[derive(Debug)]
+pub(super) struct Vm {
+    /// Which side this host was started as.
+    pub(super) side: Side,
+    pub(super) alone: bool,
+    pub(super) replica: Replica,
+    pub(super) local: Local,
+    pub(super) link: Link,
+    pub(super) journal: JournalWriter,
+    pub(super) arbiter: Arbiter,
+    /// The trouble with the arbiter that the operator was told of.
+    pub(super) arbiter_trouble: Option<String>,
+    /// Whether the operator was told that the arbiter is silent.
+    pub(super) arbiter_warned: bool,
+    /// Received entries wait for room in the replay ring.
+    pub(super) is_full: bool,
+    pub(super) counters: Counters,
+    /// The guest's power-off, once it is in the log.
+    pub(super) power_off: Option<Lsn>,
+    /// Exit status of the local failure that is being told to the core.
+    pub(super) failure: Exit,
+}
+
+impl Vm {
+    pub(super) fn new(config: &Config, now_ns: u64, local: Local, link: Link, arbiter: Arbiter) -> Self {
+        Self {
+            side: config.role,
+            alone: config.alone,
+            replica: Replica::new(config.replica(), now_ns),
+            local,
+            link,
+            journal: JournalWriter::new(config.journal.clone(), &config.vm),
+            arbiter,
+            arbiter_trouble: None,
+            arbiter_warned: false,
+            is_full: false,
+            counters: Counters::default(),
+            power_off: None,
+            failure: Exit::LocalFailure,
+        }
+    }
+
+    pub(super) fn is_primary(&self) -> bool {
+        self.side == Side::Primary
+    }
+
+    /// Whether entries are taken from the rings now. With a full backlog they are not: the rings fill up and the producers
+    /// stop, which is the log's flow control.
+    pub(super) fn takes_entries(&self) -> bool {
+        match self.replica.role() {
+            Role::Recording | Role::Arbitrating if self.is_primary() => {
+                self.link.backlog() < channel::BACKLOG_BYTES_MAX
+            }
+            Role::Live => true,
+            _ => false,
+        }
+    }
+}
