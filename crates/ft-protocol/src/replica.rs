@@ -15,7 +15,8 @@
 //! - an output is committed only when the backup of this generation acknowledged its marker, or this side won the arbitration;
 //! - a side goes live only with a generation the arbiter gave to it;
 //! - a halted side never commits, sends or asks again;
-//! - a backup goes live only after every entry it ever acknowledged was consumed.
+//! - a backup goes live only after every entry it ever acknowledged was consumed;
+//! - a backup that never received an entry does not go live: it returns to Pairing.
 
 use crate::{
     controls,
@@ -460,8 +461,22 @@ impl Replica {
             return;
         }
         actions.push(Action::Suspect { reason });
+        if !self.config.primary && self.last == Lsn::ZERO {
+            self.unpair(actions);
+            return;
+        }
         self.change_role(Role::Arbitrating, actions);
         self.ask(now_ns, self.generation.next(), actions);
+    }
+
+    /// Nothing of the VM ever came here, so nothing of it was released: there is nothing to take over. The primary may not
+    /// even know that it was paired; if this side went live, a later hello of that primary would start the VM a second time.
+    fn unpair(&mut self, actions: &mut Vec<Action>) {
+        self.paired = false;
+        self.generation = Generation(0);
+        actions.push(Action::CloseChannel);
+        self.channel_up = false;
+        self.change_role(Role::Pairing, actions);
     }
 
     fn ask(&mut self, now_ns: u64, generation: Generation, actions: &mut Vec<Action>) {
@@ -588,6 +603,7 @@ impl Replica {
         let legal = matches!(
             (self.role, to),
             (Pairing, Recording | Replaying | Live)
+                | (Replaying, Pairing)
                 | (Recording | Replaying, Arbitrating)
                 | (Arbitrating, Live | GoingLive)
                 | (GoingLive, Live)

@@ -143,6 +143,7 @@ fn a_winner_goes_live_and_a_loser_halts_for_good() {
 #[test]
 fn an_unreachable_arbiter_is_asked_again_and_nothing_is_released() {
     let mut backup = replaying();
+    received(&mut backup, 1, 1);
     step(&mut backup, 1, Event::ChannelDown);
     step(
         &mut backup,
@@ -158,6 +159,22 @@ fn an_unreachable_arbiter_is_asked_again_and_nothing_is_released() {
         generation: Generation(2)
     }));
     assert!(!again.iter().any(|action| matches!(action, Action::Commit(_))));
+}
+
+#[test]
+fn a_backup_that_received_nothing_pairs_again_and_does_not_go_live() {
+    let mut backup = replaying();
+    let down = step(&mut backup, 1, Event::ChannelDown);
+    assert!(!down.iter().any(|action| matches!(action, Action::AskArbiter { .. })));
+    assert_eq!((backup.role(), backup.generation()), (Role::Pairing, Generation(0)));
+    // Its hello may have been lost: the primary, still pairing, offers the same generation again.
+    step(&mut backup, 2, Event::ChannelUp);
+    from_peer(&mut backup, peer_hello(true));
+    assert_eq!((backup.role(), backup.generation()), (Role::Replaying, Generation(1)));
+    received(&mut backup, 1, 1);
+    assert!(step(&mut backup, 3, Event::ChannelDown).contains(&Action::AskArbiter {
+        generation: Generation(2)
+    }));
 }
 
 #[test]
