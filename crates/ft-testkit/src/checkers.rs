@@ -1,0 +1,431 @@
+//! The judge: what must hold, checked from what the outside and an all-knowing observer see.
+//!
+//! It knows nothing of the core's state. Its facts are the simulator's ground truth: entries written and stored, claims the
+//! arbiter granted, outputs released, roles published, answers clients got. A side that is confused cannot confuse it.
+
+use std::{collections::BTreeMap, fmt};
+
+use ft_protocol::{Generation, Lsn, Role};
+
+use crate::{
+    guest::{Answer, Operation, Output, Request},
+    host::{HostId, Incarnation},
+};
+
+/// What must hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Invariant {
+    /// An output leaves only if the backup has stored its marker, or the arbiter gave the VM to the releasing side.
+    ReleasedIsStored,
+    /// One live side a generation, the one that holds the claim; never two at once.
+    OneLiveSide,
+    /// A side that ended sends nothing, asks nothing, releases nothing.
+    Mute,
+    /// The live side's history contains every output that was ever released.
+    HistoryExtends,
+    /// What a client was told stays true, in the order clients can observe.
+    NothingLost,
+    /// A replay is the execution that was recorded.
+    ReplayEqual,
+    /// Where a side is left that may go on, every request is answered.
+    Progress,
+    /// A power-off ends both sides; nobody goes live for it.
+    OrderlyEnd,
+    /// A side ends only if it lost the VM or its own processes failed.
+    NoNeedlessHalt,
+    /// While the two hosts hear each other, nobody is suspected.
+    Calm,
+    /// A core that asks to be called again lets time pass.
+    TimeMoves,
+    /// The core's own assertions.
+    CoreAssertion,
+}
+
+impl fmt::Display for Invariant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ReleasedIsStored => "released <= committed",
+            Self::OneLiveSide => "at most one live side",
+            Self::Mute => "no output from a halted or stale side",
+            Self::HistoryExtends => "the live history extends every output released",
+            Self::NothingLost => "no acknowledged operation lost or reordered",
+            Self::ReplayEqual => "the replay equals the recording",
+            Self::Progress => "every request is answered",
+            Self::OrderlyEnd => "a power-off ends both sides",
+            Self::NoNeedlessHalt => "no side ends without need",
+            Self::Calm => "a healthy pair suspects nobody",
+            Self::TimeMoves => "time moves",
+            Self::CoreAssertion => "the core's assertions hold",
+        })
+    }
+}
+
+/// An invariant that did not hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Which.
+    pub invariant: Invariant,
+    /// When, ns.
+    pub at_ns: u64,
+    /// What was seen.
+    pub detail: String,
+}
+
+/// What the judge sees of a host when a run is over.
+#[derive(Debug)]
+pub struct EndState<'a> {
+    /// The last start of it.
+    pub me: Incarnation,
+    /// Not crashed.
+    pub alive: bool,
+    /// The role it published last.
+    pub role: Role,
+    /// The chain of its guest.
+    pub ledger: &'a [u64],
+    /// Its guest powered off.
+    pub off: bool,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    /// Digests of the entries this host wrote, by LSN.
+    written: Vec<(Lsn, u64)>,
+    /// Digests of the entries this host stored, in the order of its replay.
+    stored: Vec<u64>,
+    power_off_stored: bool,
+    power_off_written: bool,
+    history: Vec<u64>,
+    mute: bool,
+    lost_claim: bool,
+    failed: bool,
+    live: bool,
+    recorded: bool,
+    paired: bool,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Judge {
+    /// Virtual time of what is being observed.
+    pub now_ns: u64,
+    calm: bool,
+    failure: Option<Failure>,
+    seen: [Seen; 2],
+    claims: BTreeMap<Generation, Incarnation>,
+    live: Vec<(Generation, Incarnation)>,
+    released: BTreeMap<u32, u64>,
+    off: bool,
+    floor: u32,
+    chain_at: BTreeMap<u32, u64>,
+    invoked: BTreeMap<(u8, u32), u32>,
+    answers: BTreeMap<(u8, u32), Answer>,
+    acknowledged: Vec<(u32, u64)>,
+}
+
+impl Judge {
+    /// The judge of one run; `calm` if no fault of it keeps the hosts from hearing each other.
+    #[must_use]
+    pub fn new(calm: bool) -> Self {
+        Self {
+            calm,
+            ..Self::default()
+        }
+    }
+
+    /// The first failure.
+    #[must_use]
+    pub fn failure(&self) -> Option<&Failure> {
+        self.failure.as_ref()
+    }
+
+    /// Notes a failure, if it is the first.
+    pub fn fail(&mut self, invariant: Invariant, detail: impl FnOnce() -> String) {
+        if self.failure.is_none() {
+            let (at_ns, detail) = (self.now_ns, detail());
+            self.failure = Some(Failure {
+                invariant,
+                at_ns,
+                detail,
+            });
+        }
+    }
+
+    /// A host started anew. What its former self had stored stays stored as far as old outputs are concerned.
+    pub fn restarted(&mut self, host: HostId) {
+        let former = std::mem::take(&mut self.seen[host.index()]);
+        let seen = &mut self.seen[host.index()];
+        seen.stored = former.stored;
+        seen.written = former.written;
+    }
+
+    /// A host is gone.
+    pub fn crashed(&mut self, host: HostId) {
+        self.seen[host.index()].live = false;
+    }
+
+    /// A guest wrote an entry.
+    pub fn wrote(&mut self, host: HostId, lsn: Lsn, digest: u64, is_power_off: bool) {
+        let seen = &mut self.seen[host.index()];
+        seen.written.push((lsn, digest));
+        seen.power_off_written |= is_power_off;
+    }
+
+    /// A host stored an entry where its replay finds it.
+    pub fn stored(&mut self, host: HostId, digest: u64, is_power_off: bool) {
+        let seen = &mut self.seen[host.index()];
+        seen.stored.push(digest);
+        seen.power_off_stored |= is_power_off;
+    }
+
+    /// A guest, recording or replaying, came to transmit this.
+    pub fn produced(&mut self, host: HostId, output: &Output) {
+        self.seen[host.index()].history.push(output.history);
+    }
+
+    /// The arbiter decided.
+    pub fn claimed(&mut self, generation: Generation, by: Incarnation, won: bool) {
+        if won {
+            self.claims.entry(generation).or_insert(by);
+        } else {
+            self.seen[by.host.index()].lost_claim = true;
+        }
+    }
+
+    /// A sibling process died.
+    pub fn failed_locally(&mut self, host: HostId) {
+        self.seen[host.index()].failed = true;
+    }
+
+    /// A replay could not apply an entry.
+    pub fn diverged(&mut self, host: HostId, why: &str) {
+        self.fail(Invariant::ReplayEqual, || format!("{host:?}: {why}"));
+    }
+
+    /// A host suspects its peer.
+    pub fn suspected(&mut self, host: HostId, why: &str) {
+        if self.calm {
+            self.fail(Invariant::Calm, || format!("{host:?} suspects its peer: {why}"));
+        }
+    }
+
+    /// A host sent something or asked the arbiter.
+    pub fn spoke(&mut self, host: HostId, what: &str) {
+        if self.seen[host.index()].mute {
+            self.fail(Invariant::Mute, || format!("{host:?} ended, and then sent {what}"));
+        }
+    }
+
+    /// A host published its role.
+    pub fn published(&mut self, me: Incarnation, role: Role, generation: Generation) {
+        let at = me.host.index();
+        match role {
+            Role::Replaying => {
+                let seen = &mut self.seen[at];
+                seen.paired = true;
+                seen.stored.clear();
+            }
+            Role::Recording => self.seen[at].recorded = true,
+            Role::GoingLive => self.goes_live(me, generation),
+            Role::Live => {
+                self.goes_live(me, generation);
+                self.seen[at].live = true;
+                // The primary that wrote the power-off may need the VM once more, to let its last outputs go; it ends with it.
+                let seen = &self.seen[me.host.index()];
+                if (seen.power_off_stored || self.off) && !seen.power_off_written {
+                    self.fail(Invariant::OrderlyEnd, || {
+                        format!("{:?} goes live after the power-off", me.host)
+                    });
+                }
+                for (index, history) in self.released.clone() {
+                    self.must_contain(me.host, index, history);
+                }
+            }
+            Role::Halted => {
+                let seen = &mut self.seen[at];
+                (seen.mute, seen.live) = (true, false);
+                if !seen.lost_claim && !seen.failed {
+                    self.fail(Invariant::NoNeedlessHalt, || {
+                        format!("{:?} halted, and neither lost a claim nor a process", me.host)
+                    });
+                }
+            }
+            Role::Off => {
+                // What is committed may still leave: the processes end after it.
+                self.seen[at].live = false;
+                self.off = true;
+            }
+            // The pair came apart before it began.
+            Role::Pairing => self.seen[at].paired = false,
+            Role::Arbitrating => {}
+        }
+    }
+
+    fn goes_live(&mut self, me: Incarnation, generation: Generation) {
+        if self.claims.get(&generation) != Some(&me) {
+            self.fail(Invariant::OneLiveSide, || {
+                format!(
+                    "{:?} goes live in generation {generation}, which the arbiter did not give to it",
+                    me.host
+                )
+            });
+        }
+        let other = self
+            .live
+            .iter()
+            .find(|(of, who)| *who != me && (*of == generation || self.seen[who.host.index()].live));
+        if let Some((of, who)) = other.copied() {
+            self.fail(Invariant::OneLiveSide, || {
+                format!(
+                    "{:?} goes live in generation {generation}, {:?} did in {of}",
+                    me.host, who.host
+                )
+            });
+        }
+        self.live.push((generation, me));
+    }
+
+    fn must_contain(&mut self, host: HostId, index: u32, history: u64) {
+        let own = self.seen[host.index()].history.get(index as usize).copied();
+        if own != Some(history) {
+            self.fail(Invariant::HistoryExtends, || {
+                format!("output {index} was released with history {history:016x}; on the live side {host:?} it is {own:016x?}")
+            });
+        }
+    }
+
+    /// An output left a host.
+    pub fn released(&mut self, me: Incarnation, marker: Lsn, output: &Output) {
+        self.spoke(me.host, "an output");
+        let (at, peer) = (me.host.index(), me.host.other());
+        let holds_the_vm = self
+            .claims
+            .iter()
+            .any(|(generation, owner)| *generation > Generation::FIRST && *owner == me);
+        let written = &self.seen[at].written;
+        let written = written
+            .binary_search_by_key(&marker, |(lsn, _)| *lsn)
+            .ok()
+            .map(|found| written[found].1);
+        let stored = self.seen[peer.index()]
+            .stored
+            .get((marker.0 as usize).wrapping_sub(1))
+            .copied();
+        if !holds_the_vm && (written.is_none() || written != stored) {
+            self.fail(Invariant::ReleasedIsStored, || {
+                let what = if stored.is_some() {
+                    "has another entry there"
+                } else {
+                    "has not stored it"
+                };
+                format!(
+                    "{:?} released output {} marked by entry {marker}; {peer:?} {what}",
+                    me.host, output.index
+                )
+            });
+        }
+        let first = *self.released.entry(output.index).or_insert(output.history);
+        if first != output.history {
+            self.fail(Invariant::HistoryExtends, || {
+                format!(
+                    "output {} was released with two histories, {first:016x} and {:016x}",
+                    output.index, output.history
+                )
+            });
+        }
+        for host in HostId::BOTH {
+            if self.seen[host.index()].live {
+                self.must_contain(host, output.index, output.history);
+            }
+        }
+    }
+
+    /// A client sent a request for the first time.
+    pub fn invoked(&mut self, request: &Request) {
+        self.invoked.insert((request.client, request.id), self.floor);
+    }
+
+    /// A client got an answer; `request` if it is the first to that request.
+    pub fn answered(&mut self, answer: &Answer, request: Option<&Request>) {
+        let key = (answer.client, answer.id);
+        let first = *self.answers.entry(key).or_insert(*answer);
+        let chain = *self.chain_at.entry(answer.order).or_insert(answer.chain);
+        if first != *answer || chain != answer.chain {
+            self.fail(Invariant::NothingLost, || {
+                format!("{answer:?} contradicts an answer given before")
+            });
+        }
+        let Some(request) = request else { return };
+        let appends = matches!(request.operation, Operation::Append { .. });
+        let floor = self.invoked.get(&key).copied().unwrap_or(0);
+        if answer.order < floor + u32::from(appends) {
+            self.fail(Invariant::NothingLost, || {
+                format!("{answer:?}: an operation that had ended before this one began is at {floor}")
+            });
+        }
+        self.floor = self.floor.max(answer.order);
+        if appends {
+            self.acknowledged.push((answer.order, answer.chain));
+        }
+    }
+
+    /// The run is over.
+    pub fn finish(&mut self, hosts: &[EndState<'_>; 2], clients_done: bool) {
+        self.check_end_of_power_off(hosts);
+        let Some(survivor) = self.who_must_go_on(hosts) else {
+            return;
+        };
+        let host = &hosts[survivor.index()];
+        for (order, chain) in self.acknowledged.clone() {
+            if host.ledger.get(order as usize - 1) != Some(&chain) {
+                self.fail(Invariant::NothingLost, || {
+                    format!("record {order} was acknowledged; the survivor {survivor:?} has not got it")
+                });
+            }
+        }
+        if host.off && host.role != Role::Off {
+            self.fail(Invariant::OrderlyEnd, || {
+                format!("the guest on {survivor:?} powered off, its replica is {:?}", host.role)
+            });
+        }
+        if !clients_done && !host.off {
+            self.fail(Invariant::Progress, || {
+                let roles = [hosts[0].role, hosts[1].role];
+                format!("{survivor:?} could serve, and some request is unanswered; the roles are {roles:?}")
+            });
+        }
+    }
+
+    fn check_end_of_power_off(&mut self, hosts: &[EndState<'_>; 2]) {
+        if !self.off {
+            return;
+        }
+        for host in hosts.iter().filter(|host| host.alive) {
+            let seen = &self.seen[host.me.host.index()];
+            // A side that never came to be one of the pair has nothing to end.
+            let took_part = seen.recorded || seen.paired;
+            let ended = host.role == Role::Off || (host.role == Role::Halted && !self.calm);
+            if took_part && !ended {
+                self.fail(Invariant::OrderlyEnd, || {
+                    format!("the VM is off, and {:?} is {:?}", host.me.host, host.role)
+                });
+            }
+        }
+    }
+
+    /// The side that must serve now that all faults are over, by the facts; `None` where too much is lost.
+    fn who_must_go_on(&self, hosts: &[EndState<'_>; 2]) -> Option<HostId> {
+        let is_up = |host: HostId| hosts[host.index()].alive && !self.seen[host.index()].failed;
+        let is_same = |me: Incarnation| hosts[me.host.index()].me == me;
+        if let Some(owner) = self.claims.get(&Generation::FIRST.next()) {
+            return (is_same(*owner) && is_up(owner.host)).then_some(owner.host);
+        }
+        let first = self.claims.get(&Generation::FIRST);
+        let primary_holds = first.is_none_or(|owner| is_same(*owner)) && is_up(HostId::A);
+        if primary_holds && (self.seen[0].recorded || is_up(HostId::B)) {
+            return Some(HostId::A);
+        }
+        // A primary that is lost before its first entry is stored never began: nobody takes over nothing.
+        let backup = &self.seen[1];
+        (backup.paired && !backup.stored.is_empty() && is_up(HostId::B)).then_some(HostId::B)
+    }
+}

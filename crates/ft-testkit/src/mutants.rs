@@ -1,0 +1,98 @@
+//! Mutants: one promise of the shell or of the arbiter broken at a time. A checker that no mutant fails proves nothing.
+
+use std::{fmt, str::FromStr};
+
+/// A broken promise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutant {
+    /// The backup acknowledges entries before they are stored.
+    AckEarly,
+    /// The devices take what was sent for what was acknowledged.
+    ReleaseEarly,
+    /// The daemon stamps what it hears (messages, entries, verdicts) with the generation it would like to hear.
+    IgnoreGeneration,
+    /// The arbiter grants a generation to everybody.
+    ArbiterSaysYesTwice,
+    /// Going live drops what was received and not yet replayed.
+    DropTailAtGoLive,
+    /// After a reconnection, entries that come again are stored again.
+    ResendWithoutDedup,
+    /// The processes of a halted replica do not end, and the devices let go what they hold.
+    SpeakAfterHalt,
+    /// The daemon does not ask an unreachable arbiter again.
+    NeverAskAgain,
+    /// The daemon does not recognise the guest's power-off.
+    HidePowerOff,
+    /// The replay skips the entries that move the guest's time.
+    SkipTime,
+    /// Heartbeats are not sent.
+    NoHeartbeats,
+}
+
+impl Mutant {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::AckEarly,
+        Self::ReleaseEarly,
+        Self::IgnoreGeneration,
+        Self::ArbiterSaysYesTwice,
+        Self::DropTailAtGoLive,
+        Self::ResendWithoutDedup,
+        Self::SpeakAfterHalt,
+        Self::NeverAskAgain,
+        Self::HidePowerOff,
+        Self::SkipTime,
+        Self::NoHeartbeats,
+    ];
+
+    /// Its name on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AckEarly => "ack-early",
+            Self::ReleaseEarly => "release-early",
+            Self::IgnoreGeneration => "ignore-generation",
+            Self::ArbiterSaysYesTwice => "arbiter-says-yes-twice",
+            Self::DropTailAtGoLive => "drop-tail-at-go-live",
+            Self::ResendWithoutDedup => "resend-without-dedup",
+            Self::SpeakAfterHalt => "speak-after-halt",
+            Self::NeverAskAgain => "never-ask-again",
+            Self::HidePowerOff => "hide-power-off",
+            Self::SkipTime => "skip-time",
+            Self::NoHeartbeats => "no-heartbeats",
+        }
+    }
+}
+
+impl fmt::Display for Mutant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Mutant {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        Self::ALL
+            .into_iter()
+            .find(|mutant| mutant.name() == name)
+            .ok_or_else(|| {
+                let names: Vec<_> = Self::ALL.iter().map(|mutant| mutant.name()).collect();
+                format!("no mutant '{name}'; there are {}", names.join(", "))
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_read_back() {
+        for mutant in Mutant::ALL {
+            assert_eq!(mutant.name().parse(), Ok(mutant));
+        }
+        assert!("".parse::<Mutant>().is_err());
+    }
+}
