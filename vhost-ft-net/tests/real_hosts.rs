@@ -139,7 +139,7 @@ fn kick(joined: &mut Joined, queue: usize, marker: u64) -> Answer {
 
 #[test]
 fn alone_frames_pass_both_ways() {
-    let mut host = Host::new();
+    let host = Host::new();
     let daemon = Daemon::listening(&mut host.command());
     let memory = memory();
     let mut nic = Nic::new(&memory);
@@ -152,6 +152,7 @@ fn alone_frames_pass_both_ways() {
     assert_eq!(session.config(12)[..6], [0x52, 0x54, 0, 1, 2, 3]);
     nic.add_receive(4);
     session.kick(RECEIVE);
+    host.wire.wait_for_link(TAP);
     for round in 0..100 {
         let (out, back) = (frame(round, 100), frame(round + 1000, 1400));
         nic.send(&out);
@@ -180,7 +181,7 @@ fn alone_frames_pass_both_ways() {
 
 #[test]
 fn alone_a_guest_without_buffers_gets_its_frames_once_it_has_some() {
-    let mut host = Host::new();
+    let host = Host::new();
     let mut daemon = Daemon::listening(&mut host.command());
     let memory = memory();
     let mut nic = Nic::new(&memory);
@@ -191,6 +192,7 @@ fn alone_a_guest_without_buffers_gets_its_frames_once_it_has_some() {
         &[&nic.receive, &nic.transmit],
     );
     daemon.wait_line("attached");
+    host.wire.wait_for_link(TAP);
     let sent: Vec<_> = (0..20).map(|number| frame(number, 200)).collect();
     sent.iter().for_each(|frame| host.wire.send(frame));
     let mut received = Vec::new();
@@ -199,13 +201,11 @@ fn alone_a_guest_without_buffers_gets_its_frames_once_it_has_some() {
         if nic.receive.wants_kick() {
             session.kick(RECEIVE);
         }
-        while received.len() % 3 != 0 || received.len() < sent.len() {
+        let all = sent.len().min(received.len() + 3);
+        while received.len() < all {
             match nic.take_received() {
                 Some(frame) => received.push(frame),
                 None => session.wait_call(RECEIVE),
-            }
-            if received.len() % 3 == 0 {
-                break;
             }
         }
     }
@@ -214,7 +214,7 @@ fn alone_a_guest_without_buffers_gets_its_frames_once_it_has_some() {
 
 #[test]
 fn a_held_frame_is_not_on_the_wire_before_its_commit() {
-    let mut host = Host::new();
+    let host = Host::new();
     let (daemon, mut joined, mut nic, _session) = host.joined(true);
     let frames: Vec<_> = (0..6).map(|number| frame(number, 300)).collect();
     for (pair, marker) in frames.chunks(2).zip([10, 20, 30]) {
@@ -255,10 +255,11 @@ fn a_held_frame_is_not_on_the_wire_before_its_commit() {
 
 #[test]
 fn received_frames_are_logged_and_reach_the_guest_when_delivered() {
-    let mut host = Host::new();
+    let host = Host::new();
     let (_daemon, mut joined, mut nic, _session) = host.joined(true);
     nic.add_receive(8);
     kick(&mut joined, RECEIVE, 1);
+    host.wire.wait_for_link(TAP);
     let sent: Vec<_> = (0..5).map(|number| frame(number, 500)).collect();
     sent.iter().for_each(|frame| host.wire.send(frame));
     let mut received = Vec::new();
@@ -284,7 +285,7 @@ fn received_frames_are_logged_and_reach_the_guest_when_delivered() {
 
 #[test]
 fn a_backup_sends_nothing_until_it_goes_live_and_then_announces_itself() {
-    let mut host = Host::new();
+    let host = Host::new();
     let (_daemon, mut joined, mut nic, _session) = host.joined(false);
     nic.add_receive(8);
     kick(&mut joined, RECEIVE, 1);
@@ -323,6 +324,7 @@ fn a_backup_sends_nothing_until_it_goes_live_and_then_announces_itself() {
     nic.send(&next);
     kick(&mut joined, TRANSMIT, 1);
     assert_eq!(host.wire.receive(), next);
+    host.wire.wait_for_link(TAP);
     host.wire.send(&next);
     assert_eq!(joined.next_input().1, 2);
 }

@@ -74,6 +74,16 @@ impl Wire {
         Self { socket }
     }
 
+    /// Waits until the kernel has taken note that somebody is at the other end; before that it drops what is sent there.
+    pub fn wait_for_link(&self, tap: &str) {
+        loop {
+            let output = Command::new("ip").args(["-o", "link", "show", tap]).output().unwrap();
+            if String::from_utf8_lossy(&output.stdout).contains("state UP") {
+                return;
+            }
+        }
+    }
+
     /// Whether a frame came from the daemon in time.
     pub fn anything_within(&self, patience: Duration) -> bool {
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
@@ -81,7 +91,7 @@ impl Wire {
     }
 
     /// The next frame the daemon sent.
-    pub fn receive(&mut self) -> Vec<u8> {
+    pub fn receive(&self) -> Vec<u8> {
         assert!(self.anything_within(Duration::from_secs(20)), "no frame came");
         let mut buffer = vec![0; 70000];
         let length = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap();

@@ -74,6 +74,8 @@ impl Frame {
 /// Frames that did not reach their destination, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Dropped {
+    /// Received before the driver had set up the receive queue.
+    pub no_driver: u64,
     /// Received while the guest had no buffers, and too many waited already.
     pub no_buffers: u64,
     /// Received, and longer than the guest's buffer.
@@ -174,8 +176,7 @@ impl NetGuestSide {
     }
 
     fn put_or_wait(&mut self, memory: &GuestMemoryMmap, frame: &[u8]) -> Result<(), RingError> {
-        let receives = self.is_configured(RECEIVE);
-        if !receives || !self.waiting.is_empty() || !self.put(memory, frame)? {
+        if !self.waiting.is_empty() || !self.put(memory, frame)? {
             if self.waiting.len() == WAITING_FRAMES_MAX {
                 let oldest = self.waiting.pop_front().unwrap_or_default();
                 self.recycle_buffer(oldest);
@@ -330,26 +331,32 @@ impl GuestSide for NetGuestSide {
     }
 
     fn kick(&mut self, queue: u16) -> Result<Outcome, RingError> {
+        if queue >= QUEUES {
+            return Err(RingError::NoQueue(queue));
+        }
+        if !self.is_configured(queue) {
+            return Ok(Outcome::default());
+        }
         let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
         match queue {
-            RECEIVE | TRANSMIT if !self.is_configured(queue) => Ok(Outcome::default()),
             RECEIVE => self.kick_receive(&memory),
-            TRANSMIT => self.kick_transmit(&memory),
-            _ => Err(RingError::NoQueue(queue)),
+            _ => self.kick_transmit(&memory),
         }
     }
 
     fn deliver(&mut self, sequence: u64, _queue: u16, payload: &[u8]) -> Result<Outcome, RingError> {
-        let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
-        for frame in frames(payload) {
-            self.put_or_wait(&memory, frame?)?;
-        }
         let mut interrupt = false;
         if self.is_configured(RECEIVE) {
+            let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
+            for frame in frames(payload) {
+                self.put_or_wait(&memory, frame?)?;
+            }
             if !self.waiting.is_empty() {
                 self.serve_waiting(&memory)?;
             }
             interrupt = self.rings[usize::from(RECEIVE)].take_interrupt(&memory)?;
+        } else {
+            self.dropped.no_driver += frames(payload).count() as u64;
         }
         Ok(Outcome {
             interrupt,

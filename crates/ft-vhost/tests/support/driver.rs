@@ -103,6 +103,11 @@ impl Driver {
         self.put(next, at + 14);
     }
 
+    /// The head that the next chain will get.
+    pub fn next_head(&self) -> u16 {
+        *self.free.last().expect("a free descriptor")
+    }
+
     /// Makes a chain available and gives its head.
     pub fn add(&mut self, buffers: &[Buffer]) -> u16 {
         let indices: Vec<u16> = buffers
