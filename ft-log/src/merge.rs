@@ -240,3 +240,122 @@ impl Merger {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ft_client::ring::{self, Producer};
+    use ft_protocol::{DeviceId, Stop};
+
+    use super::*;
+
+    fn rings(count: usize) -> (Vec<Producer>, Merger) {
+        let ring = |_| {
+            let memory = ring::create("test").unwrap();
+            let other = memory.fd().try_clone_to_owned().unwrap();
+            (Producer::on(memory), Consumer::new(other).unwrap())
+        };
+        let (producers, consumers) = (0..count).map(ring).unzip();
+        (producers, Merger::new(consumers))
+    }
+
+    fn push(producer: &mut Producer, lsn: u64, generation: u32, body: Body<'_>) {
+        let entry = Entry {
+            lsn: Lsn(lsn),
+            generation: Generation(generation),
+            device: DeviceId(0),
+            queue: 0,
+            body,
+        };
+        producer.push(body.frame_bytes(), |out| {
+            entry.encode(out);
+        });
+    }
+
+    const SYNC: Body<'_> = Body::Sync(Stop {
+        position: ft_protocol::Position {
+            exits: 0,
+            offset: 0,
+            rip: 0,
+            rcx: 0,
+        },
+        digest: 0,
+    });
+
+    fn breach(merger: &mut Merger, current: u32) -> Violation {
+        merger.take(Generation(current), false, &mut Vec::new()).unwrap_err()
+    }
+
+    #[test]
+    fn entries_come_out_dense_whatever_ring_they_are_in() {
+        let (mut producers, mut merger) = rings(3);
+        let mut out = Vec::new();
+        let mut take = |merger: &mut Merger| merger.take(Generation(1), false, &mut out).unwrap();
+        push(&mut producers[2], 2, 1, SYNC);
+        assert!(!merger.is_ready(), "entry 1 is not there yet");
+        assert_eq!(take(&mut merger), None);
+        push(&mut producers[0], 1, 1, SYNC);
+        push(&mut producers[2], 3, 1, SYNC);
+        push(
+            &mut producers[1],
+            4,
+            1,
+            Body::PowerOff {
+                stop: Stop::default(),
+                reset: false,
+            },
+        );
+        assert!(merger.is_ready());
+        let batch = take(&mut merger).unwrap();
+        assert_eq!(
+            (batch.from, batch.through, batch.power_off),
+            (Lsn(1), Lsn(4), Some(Lsn(4)))
+        );
+        assert_eq!(take(&mut merger), None);
+        assert_eq!(merger.next(), Lsn(5));
+        assert_eq!(merger.check_empty(), Ok(()));
+    }
+
+    #[test]
+    fn only_while_the_generation_changes_the_one_before_is_taken() {
+        let (mut producers, mut merger) = rings(1);
+        push(&mut producers[0], 1, 1, SYNC);
+        push(&mut producers[0], 2, 2, SYNC);
+        let batch = merger.take(Generation(2), true, &mut Vec::new()).unwrap().unwrap();
+        assert_eq!(batch.through, Lsn(2));
+        push(&mut producers[0], 3, 1, SYNC);
+        let Violation { seat, breach } = breach(&mut merger, 2);
+        assert_eq!(seat, 0);
+        assert!(matches!(
+            breach,
+            Breach::Generation {
+                found: Generation(1),
+                ..
+            }
+        ));
+    }
+
+    #[test]
+    fn a_gap_is_somebodys_fault_only_after_a_while() {
+        let (mut producers, mut merger) = rings(2);
+        push(&mut producers[1], 2, 1, SYNC);
+        assert_eq!(merger.check_gap(0), Ok(()));
+        assert_eq!(merger.check_gap(GAP_NS_MAX - 1), Ok(()));
+        assert_eq!(merger.check_gap(GAP_NS_MAX).unwrap_err().seat, 1);
+        // The missing one came: the clock starts anew.
+        push(&mut producers[0], 1, 1, SYNC);
+        merger.take(Generation(1), false, &mut Vec::new()).unwrap();
+        assert_eq!(merger.check_gap(GAP_NS_MAX), Ok(()));
+        // A new generation begins with another LSN.
+        merger.restart(Lsn(1));
+        push(&mut producers[0], 1, 2, SYNC);
+        assert!(merger.is_ready());
+    }
+
+    #[test]
+    fn an_entry_where_none_is_expected_names_its_writer() {
+        let (mut producers, merger) = rings(2);
+        push(&mut producers[1], 1, 1, SYNC);
+        let violation = merger.check_empty().unwrap_err();
+        assert_eq!((violation.seat, violation.breach), (1, Breach::Uninvited));
+    }
+}

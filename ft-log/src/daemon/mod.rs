@@ -296,9 +296,11 @@ impl Daemon {
     fn client_failed(&mut self, exit: Exit, reason: String) -> io::Result<()> {
         while self.record()? {}
         self.look_at_consumed()?;
-        let guest_is_off = self.vm.is_primary() && self.vm.power_off.is_some();
-        if guest_is_off || matches!(self.vm.replica.role(), Role::Off | Role::Halted) {
-            info!("{reason}, after the end of the guest");
+        if matches!(self.vm.replica.role(), Role::Off | Role::Halted) {
+            return Ok(());
+        }
+        if self.vm.is_primary() && self.vm.power_off.is_some() {
+            info!("{reason}, after the guest powered off");
             return Ok(());
         }
         self.fail(exit, reason)

@@ -139,6 +139,9 @@ fn an_operator_may_end_a_daemon_that_has_no_peer_yet() {
 fn a_local_process_that_ends_or_fails_ends_its_replica() {
     let world = World::new();
     let (mut a, mut b) = world.pair();
+    let last = a.append(3);
+    a.wait_committed(last);
+    b.replay_through(Lsn(1), last);
     let blk = a.devices.remove(0);
     drop(blk);
     assert_eq!(a.daemon.wait_code(), 6);

@@ -80,7 +80,10 @@ fn lines_that_are_no_join_are_answered_and_closed_and_others_join() {
 #[test]
 fn a_member_that_says_garbage_ends_its_replica() {
     let world = World::new();
-    let (mut a, b) = world.pair();
+    let (mut a, mut b) = world.pair();
+    let last = a.append(3);
+    a.wait_committed(last);
+    b.replay_through(Lsn(1), last);
     a.devices[0].stream.write_all(b"garbage\n").unwrap();
     assert_eq!(a.daemon.wait_code(), 6);
     assert!(a.daemon.logged.contains("blk0 sent something that is no report"));
@@ -137,8 +140,11 @@ fn misbehave(deed: impl FnOnce(&mut Raw)) -> String {
         shim,
         devices: vec![net],
     };
-    let b = world.host_with(HostId::B, &[]);
+    let mut b = world.host_with(HostId::B, &[]);
     a.wait_role(Role::Recording);
+    a.append(1);
+    a.wait_committed(Lsn(1));
+    b.replay_through(Lsn(1), Lsn(1));
     deed(&mut raw);
     raw.doorbell.write_all(&1u64.to_le_bytes()).unwrap();
     assert_eq!(a.daemon.wait_code(), 6, "{}", a.daemon.logged);
@@ -178,21 +184,21 @@ fn a_corrupt_ring_ends_the_replica_and_names_the_client() {
 #[test]
 fn entries_that_are_damaged_or_out_of_place_end_the_replica() {
     let line = misbehave(|raw| {
-        let mut bytes = entry(1, 1);
+        let mut bytes = entry(2, 1);
         bytes[40] ^= 1;
         push(raw, &bytes);
     });
     assert!(
-        line.contains("blk0") && line.contains("entry 1 is damaged: checksum"),
+        line.contains("blk0") && line.contains("entry 2 is damaged: checksum"),
         "{line}"
     );
     let line = misbehave(|raw| push(raw, &entry(0, 1)));
-    assert!(line.contains("entry 0 was appended where 1"), "{line}");
-    let line = misbehave(|raw| push(raw, &entry(1, 7)));
+    assert!(line.contains("entry 0 was appended where 2"), "{line}");
+    let line = misbehave(|raw| push(raw, &entry(2, 7)));
     assert!(line.contains("generation 7"), "{line}");
     // An LSN far ahead: everybody behind it would wait for ever.
     let line = misbehave(|raw| push(raw, &entry(1000, 1)));
-    assert!(line.contains("entry 1000") && line.contains("1 has not come"), "{line}");
+    assert!(line.contains("entry 1000") && line.contains("2 has not come"), "{line}");
 }
 
 #[test]
@@ -270,6 +276,23 @@ fn paired_backup(world: &World) -> (Host, TcpStream) {
     ));
     b.daemon.wait_event("paired");
     (b, stream)
+}
+
+#[test]
+fn a_backup_that_lost_its_primary_before_the_first_entry_can_be_paired_again() {
+    let world = World::new();
+    let (mut b, stream) = paired_backup(&world);
+    drop(stream);
+    b.wait_role(Role::Pairing);
+    let mut stream = connect_as_a(&world);
+    send(&mut stream, &Message::Hello(hello()));
+    b.daemon.wait_event("paired");
+    assert!(matches!(receive(&mut stream), Message::Hello(_)));
+    stream.write_all(&entry(1, 1)).unwrap();
+    assert_eq!(receive(&mut stream), Message::Ack(Lsn(1)));
+    b.replay_through(Lsn(1), Lsn(1));
+    drop(stream);
+    b.wait_role(Role::Live);
 }
 
 #[test]

@@ -321,7 +321,7 @@ impl Host {
 
     /// Waits, as a device does, until an entry is committed.
     pub(crate) fn wait_committed(&self, lsn: Lsn) {
-        let device = &self.devices[1];
+        let device = self.devices.last().unwrap();
         device.region.want_commit(device.device, lsn);
         let deadline = Instant::now() + DEADLINE;
         while !device.region.committed().covers(lsn) {
