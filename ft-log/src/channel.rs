@@ -156,7 +156,11 @@ impl Channel {
     /// A broken connection.
     pub fn sent(&mut self, ring: &mut Ring, done: Done) -> io::Result<()> {
         let mut bytes = done.memory.into_bytes();
-        self.sending -= done.result?;
+        let count = done.result?;
+        if count == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        self.sending -= count;
         if self.sending > 0 {
             let from = bytes.len() - self.sending;
             let rest = Operation::Send(Rc::clone(&self.socket), bytes, from);

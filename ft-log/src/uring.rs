@@ -256,7 +256,7 @@ impl<T> Uring<T> {
         // SAFETY: everything the entry points to is on the heap and owned by the slot, which lives until the completion (or for
         // ever, see `drop`); the descriptor is kept open by the slot, or given to close(2).
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
-            self.ring.submit()?;
+            self.enter(None)?;
         }
         Ok(())
     }

@@ -6,7 +6,8 @@
 //!   │   deadlines ─────────────────────────────────────┘                        │
 //!   └── enter: submit everything, wait if there was nothing ◄── flush ◄─────────┘
 //! ```
-//! One thread owns all of this. It spins for microseconds after work and sleeps in io_uring_enter otherwise.
+//! One thread owns all of this. It spins for microseconds after work and sleeps in io_uring_enter otherwise. Three things are
+//! plain system calls because they are done at once: ringing an eventfd, waking the shim, and lines for people (log, events).
 
 mod actions;
 mod link;
