@@ -125,6 +125,11 @@ impl Driver {
         head
     }
 
+    /// Makes a head available that this driver does not own.
+    pub fn publish_head(&mut self, head: u16) {
+        self.publish(head);
+    }
+
     /// Makes a chain available through an indirect table at `table`.
     pub fn add_indirect(&mut self, table: u64, buffers: &[Buffer]) -> u16 {
         for (place, buffer) in buffers.iter().enumerate() {
