@@ -429,3 +429,7 @@ impl Judge {
         (backup.paired && !backup.stored.is_empty() && is_up(HostId::B)).then_some(HostId::B)
     }
 }
+
+#[cfg(test)]
+#[path = "checkers_tests.rs"]
+mod tests;

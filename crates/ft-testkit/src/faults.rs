@@ -256,7 +256,8 @@ impl Plan {
         let mut faults: Vec<FaultEvent> = Vec::new();
         if rng.random_range(0..12) > 0 {
             let unit_ns = setting.suspect_ns();
-            for _ in 0..rng.random_range(1..=FAULTS_MAX) {
+            draw_story(&mut rng, unit_ns, &mut faults);
+            for _ in faults.len()..rng.random_range(1..=FAULTS_MAX) {
                 // Half of the faults come shortly after another one: what is worth testing is what they do together.
                 let at_ns = match faults.last() {
                     Some(last) if rng.random_bool(0.5) => {
@@ -367,6 +368,46 @@ fn draw_host(rng: &mut ChaCha8Rng) -> HostId {
 
 fn draw_some(rng: &mut ChaCha8Rng) -> [bool; 2] {
     [[true, true], [true, false], [false, true]][rng.random_range(0..3)]
+}
+
+/// Faults that chance seldom brings together, in one plan of four.
+fn draw_story(rng: &mut ChaCha8Rng, unit_ns: u64, faults: &mut Vec<FaultEvent>) {
+    let at_ns = rng.random_range(0..8 * unit_ns);
+    match rng.random_range(0..8) {
+        0 => {
+            // Late answers to the first claim come when the second is being asked for.
+            let slow = Fault::ArbiterSlow {
+                delay_ns: 4 * unit_ns,
+                for_ns: 2 * unit_ns,
+            };
+            faults.push(FaultEvent { at_ns: 0, fault: slow });
+            let fault = Fault::Partition {
+                from: draw_some(rng),
+                for_ns: 3 * unit_ns,
+            };
+            faults.push(FaultEvent {
+                at_ns: at_ns / 2,
+                fault,
+            });
+        }
+        1 => {
+            // The primary is lost when the backup has much to replay.
+            let fault = Fault::SlowShim {
+                host: HostId::B,
+                for_ns: 2 * unit_ns,
+            };
+            faults.push(FaultEvent { at_ns, fault });
+            let fault = Fault::Crash {
+                host: HostId::A,
+                silent: rng.random_bool(0.5),
+            };
+            faults.push(FaultEvent {
+                at_ns: at_ns + unit_ns,
+                fault,
+            });
+        }
+        _ => {}
+    }
 }
 
 fn draw_fault(rng: &mut ChaCha8Rng, unit_ns: u64) -> Fault {
