@@ -65,7 +65,8 @@ impl Successor for Journal {
 }
 
 fn open(args: &ReplayArgs) -> Result<JournalReader, Error> {
-    JournalReader::open(&args.journal).map_err(|error| Error::Journal(error.to_string()))
+    JournalReader::open(&args.journal)
+        .map_err(|error| Error::Journal(format!("cannot open the journal: {error}. Check the directory")))
 }
 
 /// The devices of the recorded machine.
@@ -102,7 +103,16 @@ pub fn replay(args: &ReplayArgs) -> Result<(), Error> {
     }
     let timeline = Box::new(Replayer::new(Journal { reader: open(args)? }, None));
     let mut execution = machine.power_on(ports, timeline, Box::new(|_, _| {}))?;
-    let end = execution.run()?;
+    let end = execution.run().map_err(|error| match error {
+        Error::Journal(damage) => {
+            let at = execution.position();
+            Error::Journal(format!(
+                "{damage}; the replay had come to exit {} at RIP {:#x}",
+                at.exits, at.rip
+            ))
+        }
+        other => other,
+    })?;
     let (position, digests) = (execution.position(), execution.digests());
     let ended = match end {
         End::PowerOff => "power-off",
