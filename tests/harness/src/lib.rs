@@ -11,8 +11,9 @@
 //!
 //! [`scenario`] boots the pair, lets [`witness`] drive the guest's ledger from outside, injects a [`faults::Fault`], and
 //! hands what was seen to the judges: [`judge`] (what clients were told against what is stored) and [`roles`] (who ended
-//! as what). [`report`] and [`picture`] tell a person. The judges are pure: no socket, no clock, no process.
+//! as what). [`report`] and [`picture`] tell a person; [`bench`] measures. The judges are pure: no socket, no clock, no process.
 
+pub mod bench;
 pub mod clock;
 pub mod error;
 pub mod events;
@@ -26,5 +27,6 @@ pub mod process;
 pub mod report;
 pub mod roles;
 pub mod scenario;
+pub mod signals;
 pub mod topology;
 pub mod witness;

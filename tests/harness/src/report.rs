@@ -182,7 +182,11 @@ impl Report {
             line("silence", body);
         }
         if let (Some(p50), Some(p99)) = (self.baseline_ms_p50, self.baseline_ms_p99) {
-            let when = if self.fault == Fault::None.name() { "" } else { " before the fault" };
+            let when = if self.fault == Fault::None.name() {
+                ""
+            } else {
+                " before the fault"
+            };
             line("latency", format!("{p50:.2} ms (p50), {p99:.2} ms (p99){when}"));
         }
         if let (Some(p50), Some(p99)) = (self.hold_us_p50, self.hold_us_p99) {
@@ -271,7 +275,7 @@ fn log_mbit_s(events: &[Event], before_ns: u64) -> Option<f64> {
 }
 
 /// The primary's last histogram of hold times before the fault: (upper bound in microseconds, count).
-fn last_holds(events: &[Event], before_ns: u64) -> Vec<(u64, u64)> {
+pub(crate) fn last_holds(events: &[Event], before_ns: u64) -> Vec<(u64, u64)> {
     let last = events
         .iter()
         .rfind(|event| event.is(HostId::A, NET, "hold") && event.t_ns < before_ns);
@@ -287,7 +291,7 @@ fn last_holds(events: &[Event], before_ns: u64) -> Vec<(u64, u64)> {
     holds
 }
 
-fn bucket_percentile(buckets: &[(u64, u64)], percent: u64) -> Option<u64> {
+pub(crate) fn bucket_percentile(buckets: &[(u64, u64)], percent: u64) -> Option<u64> {
     let total: u64 = buckets.iter().map(|(_, count)| count).sum();
     if total == 0 {
         return None;

@@ -2,14 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::thread;
 
 use clap::Parser;
 use ft_harness::error::{HarnessError, IoContext};
 use ft_harness::faults::{Fault, FaultPlan, Moment};
 use ft_harness::picture;
 use ft_harness::scenario::{self, Setup};
-use nix::sys::signal::{SigSet, Signal};
+use ft_harness::signals;
 
 /// A virtual machine that survives the loss of its host: boot the pair, break something, judge.
 #[derive(Debug, Parser)]
@@ -61,8 +60,6 @@ struct Arguments {
 const NOT_GOOD: u8 = 1;
 /// Exit status when the run could not be carried out.
 const NOT_RUN: u8 = 3;
-/// Exit status after Ctrl-C.
-const INTERRUPTED: i32 = 130;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -112,7 +109,8 @@ fn demo(arguments: &Arguments) -> Result<bool, HarnessError> {
     if arguments.keep {
         println!("The run's files: {}", directory.path().display());
     }
-    clean_up_on_signals(directory.path(), arguments.keep)?;
+    let removed = (!arguments.keep).then(|| directory.path().to_owned());
+    signals::clean_up(removed.into_iter().collect())?;
     println!(
         "A virtual machine on hosts A and B, {} records a second for {} s, fault: {}.",
         arguments.rate,
@@ -150,26 +148,4 @@ fn bin_dir(arguments: &Arguments) -> Result<PathBuf, HarnessError> {
 
 fn absolute(path: &Path) -> Result<PathBuf, HarnessError> {
     std::path::absolute(path).context(|| format!("resolve {}", path.display()))
-}
-
-/// On Ctrl-C the processes die with this program and the network with them; the directory is ours to remove.
-fn clean_up_on_signals(directory: &Path, keep: bool) -> Result<(), HarnessError> {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
-    signals.thread_block().context(|| "block signals".to_owned())?;
-    let directory = directory.to_owned();
-    thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            if signals.wait().is_ok() {
-                if !keep {
-                    // Best effort: a daemon may still be writing there.
-                    let _ = std::fs::remove_dir_all(&directory);
-                }
-                std::process::exit(INTERRUPTED);
-            }
-        })
-        .context(|| "start a thread".to_owned())?;
-    Ok(())
 }

@@ -1,0 +1,18 @@
+//! What protection costs: figures of this project next to a peer's, measured in the same run.
+//!
+//! ```text
+//!  [lockstep]  protected pair ┐ a closed-loop [client] each, in turns, short rounds   ─► throughput, added latency
+//!              single host    ┘ [machine]            [echo] over the logging wire in between
+//!              pair alone, idle, then busy                                            ─► log bytes
+//!  [failover]  many short runs that lose their primary                                ─► the gap clients see
+//! ```
+//!
+//! Nothing here passes or fails by a time: [`row::Row`]s go to a person and to a file.
+
+pub mod client;
+pub mod echo;
+pub mod failover;
+pub mod lockstep;
+pub mod machine;
+pub mod row;
+pub mod stats;

@@ -1,0 +1,153 @@
+//! `ft-bench`: what protection costs, as rows of ours against a peer's, measured in one run.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Parser;
+use ft_harness::bench::failover::{self, Heartbeat};
+use ft_harness::bench::lockstep;
+use ft_harness::bench::machine::Medium;
+use ft_harness::bench::row::Row;
+use ft_harness::error::{HarnessError, IoContext};
+use ft_harness::faults::{Fault, FaultPlan, Moment};
+use ft_harness::scenario::Setup;
+use ft_harness::signals;
+
+/// What protection costs: figures of ours next to a peer's, measured in the same run.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Arguments {
+    /// Which figures.
+    #[arg(value_enum, default_value = "lockstep")]
+    suite: Suite,
+    /// Write the rows there.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Where the four daemons are [default: where this program is].
+    #[arg(long, value_name = "DIR")]
+    bin_dir: Option<PathBuf>,
+    /// The guest.
+    #[arg(
+        long,
+        value_name = "ELF",
+        default_value = "guest/ledger/target/x86_64-unknown-linux-gnu/release/ledger"
+    )]
+    guest: PathBuf,
+    /// Rounds whose median is taken.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=50))]
+    rounds: u8,
+    /// Failovers of each setting.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    failovers: u64,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Suite {
+    /// The lockstep engine: throughput, latency, log bytes, failover gap.
+    Lockstep,
+}
+
+/// Exit status when a run lost or forked something, or did not end as it must.
+const NOT_GOOD: u8 = 1;
+/// Exit status when the runs could not be carried out.
+const NOT_RUN: u8 = 3;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let measured = match arguments.suite {
+        Suite::Lockstep => bench_lockstep(&arguments),
+    };
+    match measured {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(NOT_GOOD),
+        Err(error) => {
+            eprintln!("ft-bench: {error}");
+            ExitCode::from(NOT_RUN)
+        }
+    }
+}
+
+/// Rows so far; each is printed when it is there.
+#[derive(Default)]
+struct Rows(Vec<Row>);
+
+impl Rows {
+    fn add(&mut self, rows: Vec<Row>) {
+        for row in rows {
+            println!("{row}");
+            self.0.push(row);
+        }
+    }
+}
+
+fn bench_lockstep(arguments: &Arguments) -> Result<bool, HarnessError> {
+    let setup = setup(arguments)?;
+    let pair = setup.pair();
+    pair.check()?;
+    let in_memory = directory(Medium::Memory)?;
+    let on_disk = directory(Medium::Disk)?;
+    signals::clean_up(vec![in_memory.path().to_owned(), on_disk.path().to_owned()])?;
+    let mut rows = Rows::default();
+    rows.add(lockstep::costs(
+        &pair,
+        Medium::Memory,
+        in_memory.path(),
+        arguments.rounds,
+    )?);
+    if Medium::Disk.is_memory()? {
+        eprintln!(
+            "ft-bench: {} is in memory: no rows on disk (set TMPDIR)",
+            Medium::Disk.directory().display()
+        );
+    } else {
+        rows.add(lockstep::costs(&pair, Medium::Disk, on_disk.path(), arguments.rounds)?);
+    }
+    rows.add(lockstep::log_bytes(&pair, in_memory.path())?);
+    let mut good = true;
+    for heartbeat in [Heartbeat::DEFAULT, Heartbeat::FAST] {
+        let seen = failover::runs(&setup, heartbeat, arguments.failovers, on_disk.path())?;
+        rows.add(seen.rows(heartbeat, arguments.failovers));
+        for problem in &seen.bad {
+            eprintln!("ft-bench: {problem}");
+            good = false;
+        }
+    }
+    if let Some(path) = &arguments.json {
+        let mut json = serde_json::to_string_pretty(&rows.0).expect("rows are JSON");
+        json.push('\n');
+        std::fs::write(path, json).context(|| format!("write {}", path.display()))?;
+    }
+    Ok(good)
+}
+
+fn directory(medium: Medium) -> Result<tempfile::TempDir, HarnessError> {
+    let parent = medium.directory();
+    tempfile::Builder::new()
+        .prefix("ft-bench-")
+        .tempdir_in(&parent)
+        .context(|| format!("create a directory in {}", parent.display()))
+}
+
+fn setup(arguments: &Arguments) -> Result<Setup, HarnessError> {
+    let bin_dir = match &arguments.bin_dir {
+        Some(directory) => absolute(directory)?,
+        None => {
+            let own = std::env::current_exe().context(|| "find this program".to_owned())?;
+            own.parent().expect("a program is in a directory").to_owned()
+        }
+    };
+    Ok(Setup {
+        bin_dir,
+        guest: absolute(&arguments.guest)?,
+        seed: 1,
+        records: 1,
+        rate: 1,
+        plan: FaultPlan::At(Fault::None, Moment::seeded(1, 1, 1)),
+        ft_log_arguments: Vec::new(),
+        verbose: false,
+    })
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, HarnessError> {
+    std::path::absolute(path).context(|| format!("resolve {}", path.display()))
+}
