@@ -243,6 +243,27 @@ fn each_end_of_a_replica_has_its_exit_code() {
 }
 
 #[test]
+fn a_daemon_that_waits_for_ft_log_can_be_asked_to_end() {
+    let directory = TempDir::new().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    std::fs::write(path("image"), [0; 512]).unwrap();
+    let log = FtLog::listen(&path("ft-log"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-ft-blk"));
+    command.args([
+        "--socket-path",
+        text(&path("socket")),
+        "--blk-file",
+        text(&path("image")),
+    ]);
+    command.args(["--ft-log", text(&log.path), "--vm", "ledger", "--device", "blk0"]);
+    let mut daemon = Daemon::listening(&mut command);
+    daemon.wait_line("fingerprinted");
+    daemon.terminate();
+    assert_eq!(daemon.wait().0, Some(0));
+    assert!(!path("socket").exists());
+}
+
+#[test]
 fn a_guest_that_breaks_its_ring_ends_its_replica_with_a_reason() {
     let mut host = Host::start(true);
     host.driver.ring.add(&[readable(1 << 40, 16), writable(0, 1)]);

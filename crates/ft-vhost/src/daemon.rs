@@ -13,12 +13,16 @@ use nix::sys::{
     signalfd::{SfdFlags, SignalFd},
 };
 use tracing::{error, info};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    device::{Device, alone::Alone, gated::Gated},
+    device::{Device, Uring, alone::Alone, gated::Gated},
     exit::{End, Status},
     session::{self, Description, Listener},
 };
+
+const TOKEN_DONE: u64 = 0;
+const TOKEN_ASKED: u64 = 1;
 
 /// Readable once the daemon is asked to end.
 #[derive(Debug)]
@@ -38,6 +42,33 @@ impl Signals {
             &set,
             SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
         )?))
+    }
+}
+
+impl Signals {
+    /// Runs something that may block for long, in a thread of its own; `None` if the daemon is asked to end before it is done.
+    fn unless_asked_to_end<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<Option<T>, End> {
+        let done = EventFd::new(EFD_NONBLOCK).map_err(End::environment)?;
+        let bell = done.try_clone().map_err(End::environment)?;
+        let thread = std::thread::spawn(move || {
+            let result = work();
+            let _ = bell.write(1);
+            result
+        });
+        let mut io = Uring::new().map_err(End::environment)?;
+        io.poll(done.as_raw_fd(), TOKEN_DONE);
+        io.poll(self.as_raw_fd(), TOKEN_ASKED);
+        loop {
+            io.wait(None);
+            match io.next_completion().map(|completion| completion.token) {
+                None => {}
+                Some(TOKEN_ASKED) => return Ok(None),
+                Some(_) => return Ok(Some(thread.join().expect("a panic aborts the process"))),
+            }
+        }
     }
 }
 
@@ -126,8 +157,15 @@ pub fn serve<D: Device>(
             vm,
             device: name,
         }) => {
-            let joined = handshake::join_device(ft_log, vm, name, &fingerprint()?).map_err(End::environment)?;
-            Gated::new(device, joined, commands, signals, events)?.run()
+            let fingerprint = fingerprint()?;
+            let (ft_log, vm, name) = (ft_log.clone(), vm.clone(), name.clone());
+            match signals.unless_asked_to_end(move || handshake::join_device(&ft_log, &vm, &name, &fingerprint))? {
+                None => Ok(()),
+                Some(joined) => {
+                    let joined = joined.map_err(End::environment)?;
+                    Gated::new(device, joined, commands, signals, events)?.run()
+                }
+            }
         }
     }
 }

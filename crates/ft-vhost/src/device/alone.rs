@@ -4,6 +4,7 @@ use std::os::fd::AsRawFd;
 
 use ft_client::events::{Events, monotonic_ns};
 use tracing::{error, info};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Completion, Device, Input, LOOP_TOKENS, Life, Uring, until, uring::PollHandle};
@@ -173,6 +174,8 @@ impl<D: Device> Alone<D> {
                     self.lines[queue].error = None;
                 }
                 self.device.guest().reset();
+                // Holding on to the mapping would keep the memory of a VM that is gone.
+                self.device.guest().set_memory(GuestMemoryMmap::new());
                 Ok(0)
             }
         };

@@ -18,7 +18,7 @@ use ft_client::{
     gate::{Answer, Request},
     handshake::{self, DeviceSession},
 };
-use ft_protocol::{Body, DeviceId, Lsn, Role};
+use ft_protocol::{Body, DeviceId, Role};
 use nix::sys::socket::{MsgFlags, recv};
 use tracing::{debug, info};
 use vmm_sys_util::eventfd::EventFd;
@@ -72,8 +72,6 @@ pub struct Gated<D> {
     waiting_bytes: usize,
     /// An answer that waits until the device has room again.
     withheld: Option<Answer>,
-    /// The commit that is asked for.
-    wanted: Lsn,
     ended: bool,
 }
 
@@ -114,7 +112,6 @@ impl<D: Device> Gated<D> {
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             withheld: None,
-            wanted: Lsn::ZERO,
             ended: false,
         })
     }
@@ -368,10 +365,7 @@ impl<D: Device> Gated<D> {
             let Some(first) = self.device.release(self.region.committed())? else {
                 return Ok(());
             };
-            if first != self.wanted {
-                self.wanted = first;
-                self.region.want_commit(self.id, first);
-            }
+            self.region.want_commit(self.id, first);
             // The commit may have come before the wish.
             if !self.region.committed().covers(first) {
                 return Ok(());

@@ -33,6 +33,8 @@ pub struct Ring {
     busy: Vec<bool>,
     /// Entries were added to the used ring since the guest was last told.
     added: bool,
+    /// The guest was seen to have added more: the next [`Ring::pop`] must find it, or whoever drains would never end.
+    promised: bool,
 }
 
 fn outside(what: &'static str, address: u64, length: u64) -> RingError {
@@ -62,6 +64,7 @@ impl Ring {
             queue: Queue::new(QUEUE_SIZE_MAX).expect("a power of two"),
             busy: Vec::new(),
             added: false,
+            promised: false,
         }
     }
 
@@ -130,6 +133,7 @@ impl Ring {
         self.queue.reset();
         self.busy.clear();
         self.added = false;
+        self.promised = false;
         next
     }
 
@@ -159,8 +163,11 @@ impl Ring {
             .next()
             .map(|chain| chain.head_index())
         else {
-            return Ok(None);
+            // The index moved back, or the entry is no longer in memory.
+            let kept = !self.promised;
+            return kept.then_some(None).ok_or(RingError::AvailableIndex(next));
         };
+        self.promised = false;
         let size = self.size();
         let busy = self.busy.get_mut(usize::from(head)).ok_or(RingError::Descriptor {
             index: head,
@@ -199,9 +206,11 @@ impl Ring {
     /// [`RingError`] where the rings cannot be accessed.
     pub fn want_kick(&mut self, memory: &GuestMemoryMmap) -> Result<bool, RingError> {
         self.ready()?;
-        self.queue
+        self.promised = self
+            .queue
             .enable_notification(memory)
-            .map_err(|_| outside("the rings", self.queue.used_ring(), 0))
+            .map_err(|_| outside("the rings", self.queue.used_ring(), 0))?;
+        Ok(self.promised)
     }
 
     /// Whether the driver wants an interrupt for what was completed since this was last asked.

@@ -5,8 +5,8 @@ use std::{fs::File, io};
 use thiserror::Error;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
-    mmap::MmapRegionError,
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
+    MmapRegion, mmap::MmapRegionError,
 };
 
 /// Why a memory table is refused.
@@ -113,7 +113,7 @@ pub fn map(table: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<(GuestMe
         regions.push(GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or(wraps)?);
         translation.ranges.push(Range { user, guest, length });
     }
-    regions.sort_by_key(|region| vm_memory::GuestMemoryRegion::start_addr(region));
+    regions.sort_by_key(GuestMemoryRegion::start_addr);
     Ok((GuestMemoryMmap::from_regions(regions)?, translation))
 }
 

@@ -16,7 +16,7 @@ use std::{
     sync::{Arc, Mutex, mpsc},
 };
 
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 use vhost::vhost_user::{BackendReqHandler, Error};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -159,9 +159,10 @@ pub fn serve(listener: &UnixListener, description: &Description, commands: Comma
     loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => {
-                warn!(%error, "accepting a frontend failed");
-                continue;
+                error!(%error, "no more frontends can be accepted");
+                return;
             }
         };
         debug!("a frontend connected");
