@@ -18,7 +18,7 @@ use crate::faults::{self, Expected, Fault, FaultPlan, Moment};
 use crate::judge::{Connection, Transcript, judge};
 use crate::ledger::{DiskImage, SECTOR};
 use crate::pair::{BOOT, IMAGE_BYTES, Pair, PairSetup};
-use crate::process::EXITED;
+use crate::process::{EXITED, Exit};
 use crate::report::{Report, Timeline, since};
 use crate::roles::{PROCESSES, Roles};
 use crate::topology::{GUEST, HostId};
@@ -177,14 +177,19 @@ fn judge_run(
     let plan = &setup.plan;
     let events = pair.events().all();
     let fault_ns = fault_ns.or_else(|| {
-        let died = |event: &&Event| Some(event.host) == plan.victim() && event.name == EXITED;
+        // A crash point kills with a signal; an orderly end is not the fault.
+        let died = |event: &&Event| {
+            Some(event.host) == plan.victim()
+                && event.name == EXITED
+                && matches!(Exit::from_event(event), Some(Exit::Signal(_)))
+        };
         events.iter().find(died).map(|event| event.t_ns)
     });
     let roles = Roles::new(&events, since(plan, fault_ns));
     let mut problems = roles.problems(plan.expected());
     match plan {
         FaultPlan::CrashPoint { host, at } if fault_ns.is_none() => {
-            problems.insert(0, format!("host {host} never reached the crash point {at}"));
+            problems = vec![format!("host {host} never reached the crash point {at}")];
         }
         FaultPlan::At(fault, _) if *fault != Fault::None && fault_ns.is_none() => {
             problems.insert(0, "the run ended before the fault's moment".to_owned());
