@@ -261,6 +261,8 @@ fn received_frames_are_logged_and_reach_the_guest_when_delivered() {
     kick(&mut joined, RECEIVE, 1);
     host.wire.wait_for_link(TAP);
     let sent: Vec<_> = (0..5).map(|number| frame(number, 500)).collect();
+    let buffers = |nic: &Nic| nic.receive.read(1 << 20, 64 * 2048);
+    let mut before = buffers(&nic);
     sent.iter().for_each(|frame| host.wire.send(frame));
     let mut received = Vec::new();
     let mut inputs = 0;
@@ -271,6 +273,7 @@ fn received_frames_are_logged_and_reach_the_guest_when_delivered() {
         assert_eq!(payload.len() % 504, 0);
         joined.wait_inputs(inputs);
         assert!(nic.take_received().is_none());
+        assert!(buffers(&nic) == before, "guest memory changes only at delivery");
         assert!(
             joined
                 .shim
@@ -279,6 +282,7 @@ fn received_frames_are_logged_and_reach_the_guest_when_delivered() {
                 .interrupt
         );
         received.extend(std::iter::from_fn(|| nic.take_received()));
+        before = buffers(&nic);
     }
     assert_eq!(received, sent);
 }

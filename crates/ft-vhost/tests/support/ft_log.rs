@@ -8,6 +8,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 use ft_client::{
@@ -22,7 +23,7 @@ use ft_protocol::{
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::frontend::{PATIENCE, readable_within};
+use super::frontend::PATIENCE;
 
 /// Where a device joins.
 pub struct FtLog {
@@ -37,7 +38,7 @@ pub struct Joined {
     pub region: Arc<Region>,
     pub shim: ShimGate,
     entries: Consumer,
-    log_bell: EventFd,
+    _log_bell: EventFd,
     commit_event: EventFd,
     _ring: SharedMemory,
 }
@@ -90,7 +91,7 @@ impl FtLog {
             region,
             shim,
             entries,
-            log_bell,
+            _log_bell: log_bell,
             commit_event,
             _ring: ring,
         }
@@ -111,12 +112,17 @@ impl Joined {
         self.commit_event.write(1).unwrap();
     }
 
-    /// The next input the device logs: LSN, sequence, payload.
+    /// The next input the device logs: LSN, sequence, payload. Nobody has to be woken for an input but the shim.
     pub fn next_input(&mut self) -> (u64, u64, Vec<u8>) {
+        let start = Instant::now();
         let mut bytes = Vec::new();
-        while self.entries.pop(&mut bytes).unwrap().is_none() {
-            assert!(readable_within(&self.log_bell, PATIENCE), "the device logs nothing");
-            self.log_bell.read().unwrap();
+        loop {
+            let ticket = self.region.shim_ticket();
+            if self.entries.pop(&mut bytes).unwrap().is_some() {
+                break;
+            }
+            assert!(start.elapsed() < PATIENCE, "the device logs nothing");
+            self.region.sleep_shim(ticket, Some(PATIENCE));
         }
         let entry = Entry::decode(&bytes).unwrap();
         let Body::Input { sequence, payload } = entry.body else {
@@ -127,7 +133,7 @@ impl Joined {
 
     /// Waits until the device has said that `inputs` inputs are ready.
     pub fn wait_inputs(&self, inputs: u64) {
-        let start = std::time::Instant::now();
+        let start = Instant::now();
         loop {
             let ticket = self.region.shim_ticket();
             if self.shim.inputs() >= inputs {
