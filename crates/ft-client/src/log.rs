@@ -1,4 +1,8 @@
 //! Appending to the log: claim an LSN, encode in place, publish.
+//!
+//! Waking `ft-log` costs more than everything else here, and most entries need not hurry: nobody outside waits for them until
+//! an output does. So only the marker of an output is [`Urgency::Now`]; what is [`Urgency::Later`] travels with the next one, or
+//! when the guest has been idle for a moment ([`LogWriter::flush`]), or before the ring gets full.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,6 +24,19 @@ pub struct Ended {
     pub role: Role,
 }
 
+/// Backlog at which an entry that could wait is announced all the same.
+const QUIET_BYTES_MAX: usize = 256 * 1024;
+const _: () = assert!(QUIET_BYTES_MAX <= ft_protocol::limits::RING_BYTES / 4);
+
+/// When `ft-log` must take an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Urgency {
+    /// Somebody outside waits for its commit.
+    Now,
+    /// Nobody does.
+    Later,
+}
+
 /// How long a producer sleeps on a full log before it looks whether the replica still runs.
 const ALIVE_CHECK: Duration = Duration::from_millis(100);
 
@@ -29,20 +46,26 @@ pub struct LogWriter {
     ring: Producer,
     doorbell: EventFd,
     region: Arc<Region>,
+    quiet: bool,
 }
 
 impl LogWriter {
     /// A writer on `ring`, whose consumer listens to `doorbell`.
     #[must_use]
     pub fn new(ring: Producer, doorbell: EventFd, region: Arc<Region>) -> Self {
-        Self { ring, doorbell, region }
+        Self {
+            ring,
+            doorbell,
+            region,
+            quiet: false,
+        }
     }
 
     /// Appends an entry in the current generation and gives its LSN. A full log stops the caller: that is the log's flow control.
     ///
     /// # Errors
     /// [`Ended`] when the replica halted while the caller waited.
-    pub fn append(&mut self, device: DeviceId, queue: u16, body: &Body<'_>) -> Result<Lsn, Ended> {
+    pub fn append(&mut self, device: DeviceId, queue: u16, body: &Body<'_>, urgency: Urgency) -> Result<Lsn, Ended> {
         let length = body.frame_bytes();
         while !self.ring.fits(length) {
             let role = self.region.role();
@@ -63,10 +86,28 @@ impl LogWriter {
         let wanted = self.ring.push(length, |out| {
             entry.encode(out);
         });
-        if wanted {
-            self.ring_doorbell();
+        if urgency == Urgency::Later && self.ring.backlog_bytes() < QUIET_BYTES_MAX {
+            self.quiet = true;
+        } else {
+            self.quiet = false;
+            if wanted {
+                self.ring_doorbell();
+            }
         }
         Ok(lsn)
+    }
+
+    /// Announces what was appended quietly, if anything.
+    pub fn flush(&mut self) {
+        if std::mem::take(&mut self.quiet) {
+            self.ring_doorbell();
+        }
+    }
+
+    /// Whether something was appended that `ft-log` may not know of.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.quiet
     }
 
     /// Makes `ft-log` look at the region and the rings.
@@ -84,6 +125,29 @@ mod tests {
     use crate::ring::{self, Consumer};
 
     #[test]
+    fn a_sleeping_log_is_rung_for_outputs_and_for_the_rest_on_request() {
+        let region = Arc::new(Region::create().unwrap());
+        let memory = ring::create("test").unwrap();
+        let consumer = Consumer::new(memory.fd().try_clone_to_owned().unwrap()).unwrap();
+        let bell = EventFd::new(nix::libc::EFD_NONBLOCK).unwrap();
+        let mut writer = LogWriter::new(Producer::on(memory), bell.try_clone().unwrap(), region);
+        let append = |writer: &mut LogWriter, urgency| {
+            writer
+                .append(DeviceId(0), 0, &Body::Kick(Stop::default()), urgency)
+                .unwrap();
+            bell.read().is_ok()
+        };
+        consumer.set_sleeping(true);
+        assert!(!append(&mut writer, Urgency::Later));
+        assert!(append(&mut writer, Urgency::Now));
+        assert!(!append(&mut writer, Urgency::Later) && writer.is_quiet());
+        writer.flush();
+        assert!(bell.read().is_ok() && !writer.is_quiet());
+        let rung = (0..100_000).find(|_| append(&mut writer, Urgency::Later));
+        assert!(rung.is_some(), "a backlog grew without bound");
+    }
+
+    #[test]
     fn entries_of_two_writers_are_one_dense_order() {
         let region = Arc::new(Region::create().unwrap());
         let mut consumers = Vec::new();
@@ -98,7 +162,7 @@ mod tests {
                 std::thread::spawn(move || {
                     for _ in 0..1000 {
                         writer
-                            .append(DeviceId(device), 0, &Body::Kick(Stop::default()))
+                            .append(DeviceId(device), 0, &Body::Kick(Stop::default()), Urgency::Now)
                             .unwrap();
                     }
                 })

@@ -96,7 +96,10 @@ fn a_long_log_goes_on_in_further_segments() {
                     sequence,
                     payload: &payload,
                 };
-                a.devices[0].log.append(DeviceId(0), 0, &body).unwrap();
+                a.devices[0]
+                    .log
+                    .append(DeviceId(0), 0, &body, ft_client::log::Urgency::Now)
+                    .unwrap();
             }
         });
         b.replay_through(Lsn(1), Lsn(count));

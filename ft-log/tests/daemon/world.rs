@@ -13,6 +13,7 @@ use std::{
 
 use ft_client::{
     handshake::{DeviceSession, ShimSession, join_device, join_shim},
+    log::Urgency,
     region::Region,
 };
 use ft_protocol::{
@@ -368,7 +369,7 @@ impl Host {
             stop: Stop::default(),
             reset: false,
         };
-        self.shim.log.append(DeviceId::SHIM, 0, &body).unwrap()
+        self.shim.log.append(DeviceId::SHIM, 0, &body, Urgency::Now).unwrap()
     }
 }
 
@@ -382,9 +383,11 @@ pub(crate) fn append(shim: &mut ShimSession, devices: &mut [DeviceSession], coun
             payload: &payload,
         };
         last = match index % 3 {
-            0 => shim.log.append(DeviceId::SHIM, 0, &Body::Sync(Stop::default())),
-            1 => devices[0].log.append(DeviceId(0), 0, &input),
-            _ => devices[1].log.append(DeviceId(1), 0, &input),
+            0 => shim
+                .log
+                .append(DeviceId::SHIM, 0, &Body::Sync(Stop::default()), Urgency::Now),
+            1 => devices[0].log.append(DeviceId(0), 0, &input, Urgency::Now),
+            _ => devices[1].log.append(DeviceId(1), 0, &input, Urgency::Now),
         }
         .unwrap();
     }

@@ -36,6 +36,11 @@ pub trait Port {
     /// The device refused, or the replica ended.
     fn call(&mut self, request: &Request<'_>) -> Result<Answer, Error>;
 
+    /// Whether what the guest puts into `queue` leaves this machine. What goes to a replicated disk does not: each host has its own.
+    fn marks_output(&self, queue: u16) -> bool {
+        self.description().device_type == TYPE_NET && queue % 2 == 1
+    }
+
     /// Inputs the device has logged, ever.
     fn inputs(&self) -> u64;
 }

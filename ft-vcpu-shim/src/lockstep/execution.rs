@@ -247,7 +247,8 @@ impl Execution {
 
     fn kick(&mut self, device: usize, queue: u16) -> Result<Option<End>, Error> {
         let stop = self.stop();
-        let Some((marker, generation)) = self.ask(|timeline| timeline.kick(&stop, device, queue))? else {
+        let output = self.ports[device].marks_output(queue);
+        let Some((marker, generation)) = self.ask(|timeline| timeline.kick(&stop, device, queue, output))? else {
             return Ok(Some(End::LogEnd));
         };
         let answer = self.ports[device].call(&Request::Kick {

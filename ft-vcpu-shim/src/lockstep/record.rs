@@ -5,6 +5,7 @@ use std::{collections::VecDeque, fs::File, io::Write, sync::Arc, time::Duration}
 use ft_client::{
     LogWriter, Region, crash,
     events::{monotonic_ns, wall_ns},
+    log::Urgency,
 };
 use ft_protocol::{Body, DeviceId, Generation, Held, Lsn, Stop, replica::Role};
 
@@ -15,6 +16,8 @@ use crate::error::Error;
 const SYNC_EXITS: u64 = 4096;
 /// How often an idle shim looks for commits of held console lines; there is no other wake-up for them.
 const CONSOLE_CHECK: Duration = Duration::from_millis(5);
+/// A guest that has been idle for so long lets the backup have what was appended quietly.
+const IDLE_FLUSH: Duration = Duration::from_millis(2);
 /// How long a shim sleeps at most, so that a replica that ended without waking it is noticed.
 const ALIVE_CHECK: Duration = Duration::from_millis(500);
 
@@ -54,9 +57,24 @@ impl Recorder {
         self.last_ns
     }
 
-    fn append(&mut self, stop: &Stop, device: DeviceId, queue: u16, body: &Body<'_>) -> Result<Lsn, Error> {
+    fn append(
+        &mut self,
+        stop: &Stop,
+        device: DeviceId,
+        queue: u16,
+        body: &Body<'_>,
+        urgency: Urgency,
+    ) -> Result<Lsn, Error> {
         self.last_logged_exit = stop.position.exits;
-        Ok(self.log.append(device, queue, body)?)
+        Ok(self.log.append(device, queue, body, urgency)?)
+    }
+
+    /// How much an output hurries: nobody acknowledges the entries of a side that is alone.
+    fn output_urgency(&self) -> Urgency {
+        match self.region.role() {
+            Role::Live => Urgency::Later,
+            _ => Urgency::Now,
+        }
     }
 
     fn check_role(&self) -> Result<(), Error> {
@@ -87,7 +105,13 @@ impl Recorder {
         if let Some(alarm) = alarm_ns {
             timeout = timeout.min(Duration::from_nanos(alarm.saturating_sub(self.virtual_ns())));
         }
+        if self.log.is_quiet() {
+            timeout = timeout.min(IDLE_FLUSH);
+        }
         self.region.sleep_shim(ticket, Some(timeout));
+        if self.region.shim_ticket() == ticket {
+            self.log.flush();
+        }
     }
 
     fn happening(
@@ -100,7 +124,13 @@ impl Recorder {
             let through = inputs_ready(device);
             if through > self.delivered[device] {
                 crash::point("shim.deliver.before");
-                self.append(stop, DeviceId(device as u8), 0, &Body::Deliver { stop: *stop, through })?;
+                self.append(
+                    stop,
+                    DeviceId(device as u8),
+                    0,
+                    &Body::Deliver { stop: *stop, through },
+                    Urgency::Later,
+                )?;
                 self.delivered[device] = through;
                 return Ok(Some(Happening::Deliver { device, through }));
             }
@@ -108,7 +138,13 @@ impl Recorder {
         if let Some(alarm) = alarm_ns {
             let now_ns = self.virtual_ns();
             if now_ns >= alarm {
-                self.append(stop, DeviceId::SHIM, 0, &Body::Time { stop: *stop, now_ns })?;
+                self.append(
+                    stop,
+                    DeviceId::SHIM,
+                    0,
+                    &Body::Time { stop: *stop, now_ns },
+                    Urgency::Later,
+                )?;
                 return Ok(Some(Happening::Time(now_ns)));
             }
         }
@@ -131,32 +167,58 @@ impl Timeline for Recorder {
                 wall_ns,
                 devices,
             },
+            Urgency::Now,
         )?;
         Ok(wall_ns)
     }
 
     fn now(&mut self, stop: &Stop) -> Result<Answered<u64>, Error> {
         let now_ns = self.virtual_ns();
-        self.append(stop, DeviceId::SHIM, 0, &Body::Time { stop: *stop, now_ns })?;
+        self.append(
+            stop,
+            DeviceId::SHIM,
+            0,
+            &Body::Time { stop: *stop, now_ns },
+            Urgency::Later,
+        )?;
         Ok(Answered::Value(now_ns))
     }
 
-    fn kick(&mut self, stop: &Stop, device: usize, queue: u16) -> Result<Answered<(Lsn, Generation)>, Error> {
+    fn kick(
+        &mut self,
+        stop: &Stop,
+        device: usize,
+        queue: u16,
+        output: bool,
+    ) -> Result<Answered<(Lsn, Generation)>, Error> {
         crash::point("shim.kick.before");
-        let lsn = self.append(stop, DeviceId(device as u8), queue, &Body::Kick(*stop))?;
+        let urgency = if output { self.output_urgency() } else { Urgency::Later };
+        let lsn = self.append(stop, DeviceId(device as u8), queue, &Body::Kick(*stop), urgency)?;
         Ok(Answered::Value((lsn, self.region.generation())))
     }
 
     fn console(&mut self, stop: &Stop, line: &[u8]) -> Result<Answered<()>, Error> {
         let bytes = line.len() as u32;
-        let lsn = self.append(stop, DeviceId::SHIM, 0, &Body::Console { stop: *stop, bytes })?;
+        let lsn = self.append(
+            stop,
+            DeviceId::SHIM,
+            0,
+            &Body::Console { stop: *stop, bytes },
+            self.output_urgency(),
+        )?;
         self.held_lines.push_back(Held::new(lsn, line.to_vec()));
         self.release_console();
         Ok(Answered::Value(()))
     }
 
     fn power_off(&mut self, stop: &Stop, reset: bool) -> Result<Answered<()>, Error> {
-        self.append(stop, DeviceId::SHIM, 0, &Body::PowerOff { stop: *stop, reset })?;
+        self.append(
+            stop,
+            DeviceId::SHIM,
+            0,
+            &Body::PowerOff { stop: *stop, reset },
+            Urgency::Now,
+        )?;
         loop {
             let ticket = self.region.shim_ticket();
             self.release_console();
@@ -183,7 +245,7 @@ impl Timeline for Recorder {
             }
             if !waiting.idle {
                 if stop.position.exits - self.last_logged_exit.min(stop.position.exits) >= SYNC_EXITS {
-                    self.append(stop, DeviceId::SHIM, 0, &Body::Sync(*stop))?;
+                    self.append(stop, DeviceId::SHIM, 0, &Body::Sync(*stop), Urgency::Now)?;
                 }
                 return Ok(Answered::Value(Happening::Nothing));
             }

@@ -226,7 +226,13 @@ impl<S: Successor + 'static> Timeline for Replayer<S> {
         Ok(Answered::Value(now_ns))
     }
 
-    fn kick(&mut self, stop: &Stop, device: usize, queue: u16) -> Result<Answered<(Lsn, Generation)>, Error> {
+    fn kick(
+        &mut self,
+        stop: &Stop,
+        device: usize,
+        queue: u16,
+        _output: bool,
+    ) -> Result<Answered<(Lsn, Generation)>, Error> {
         let upcoming = match self.expect(stop, "notified a queue")? {
             Answered::Value(upcoming) => upcoming,
             Answered::EndOfLog(generation) => return Ok(Answered::EndOfLog(generation)),

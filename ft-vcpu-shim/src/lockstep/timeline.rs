@@ -83,11 +83,17 @@ pub trait Timeline {
     /// Divergence, or the end of the replica; so for all that follow.
     fn now(&mut self, stop: &Stop) -> Result<Answered<u64>, Error>;
 
-    /// The guest notifies a queue: the marker of what the device drains.
+    /// The guest notifies a queue: the marker of what the device drains, which is `output` or stays inside.
     ///
     /// # Errors
     /// See [`Timeline::now`].
-    fn kick(&mut self, stop: &Stop, device: usize, queue: u16) -> Result<Answered<(Lsn, Generation)>, Error>;
+    fn kick(
+        &mut self,
+        stop: &Stop,
+        device: usize,
+        queue: u16,
+        output: bool,
+    ) -> Result<Answered<(Lsn, Generation)>, Error>;
 
     /// The guest wrote a console line.
     ///

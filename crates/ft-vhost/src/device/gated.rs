@@ -17,6 +17,7 @@ use ft_client::{
     events::{Events, monotonic_ns},
     gate::{Answer, Request},
     handshake::{self, DeviceSession},
+    log::Urgency,
 };
 use ft_protocol::{Body, DeviceId, Role};
 use nix::sys::socket::{MsgFlags, recv};
@@ -342,7 +343,8 @@ impl<D: Device> Gated<D> {
                 sequence: self.sequence,
                 payload: &input.payload,
             };
-            self.log.append(self.id, input.queue, &body)?;
+            // Nobody outside waits for it: it travels with the next output.
+            self.log.append(self.id, input.queue, &body, Urgency::Later)?;
             self.waiting_bytes += input.payload.len();
             self.waiting.push_back(Waiting {
                 sequence: self.sequence,
