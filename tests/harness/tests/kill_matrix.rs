@@ -54,8 +54,8 @@ matrix! {
     primary_after_a_kick: A at "shim.kick.after", [1], up to 250;
     primary_before_a_delivery: A at "shim.deliver.before", [1], up to 150;
     primary_after_a_delivery: A at "shim.deliver.after", [1], up to 150;
-    primary_before_a_send: A at "log.send.before", [2, 3], up to 200;
-    primary_after_a_send: A at "log.send.after", [1, 2], up to 200;
+    primary_before_a_send: A at "log.send.before", [2, 3], up to 120;
+    primary_after_a_send: A at "log.send.after", [1, 2], up to 120;
     primary_before_a_commit: A at "log.commit.before", [1], up to 100;
     primary_after_a_commit: A at "log.commit.after", [1], up to 100;
     primary_before_a_release: A at "net.release.before", [1], up to 60;
