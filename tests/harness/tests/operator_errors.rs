@@ -288,13 +288,18 @@ fn tap_that_cannot_be_had_is_named() {
 }
 
 #[test]
-fn arbiter_that_is_not_there_is_named() {
+fn journal_that_cannot_be_written_is_named() {
     let mut bench = Bench::new();
-    let arguments = ft_log(&bench, &bench.text("log.sock"));
-    fs::remove_dir(bench.path("arbiter")).expect("removed");
+    let mut arguments = ft_log(&bench, &bench.text("log.sock"));
+    let journal = bench.file("a-file-and-no-directory", 1);
+    let at = arguments
+        .iter()
+        .position(|word| word == "--journal")
+        .expect("it is there");
+    arguments[at + 1].clone_from(&journal);
     let (exit, said) = bench.refused(FT_LOG, &arguments);
     assert_eq!(exit, ENVIRONMENT, "{said}");
-    one_line(&said, &["arbiter"]);
+    one_line(&said, &[&journal]);
 }
 
 #[test]
@@ -356,7 +361,7 @@ fn kernel_that_is_none_is_named() {
         let arguments = shim(&bench, &kernel);
         let (exit, said) = bench.refused(SHIM, &arguments);
         assert_eq!(exit, ENVIRONMENT, "{said}");
-        one_line(&said, &[&kernel]);
+        one_line(&said, &["--kernel"]);
     }
 }
 
