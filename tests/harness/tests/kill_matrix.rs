@@ -12,8 +12,13 @@ use lab::{Build, run, setup};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Seeded times at which each point is tried, besides the chosen ones.
+/// Seeded times at which each point is tried, besides the chosen ones, unless FT_MATRIX_TIMES says otherwise.
 const SEEDED: usize = 2;
+
+fn seeded_times() -> usize {
+    let asked = std::env::var("FT_MATRIX_TIMES").ok();
+    asked.map_or(SEEDED, |times| times.parse().expect("FT_MATRIX_TIMES is a number"))
+}
 
 /// Dies at `point` on `host` for each of `chosen` and for seeded times in `1..=up_to`.
 fn dies(host: HostId, point: &str, chosen: &[u64], up_to: u64) {
@@ -21,7 +26,7 @@ fn dies(host: HostId, point: &str, chosen: &[u64], up_to: u64) {
         seed.wrapping_mul(31).wrapping_add(u64::from(byte))
     });
     let mut chance = ChaCha8Rng::seed_from_u64(seed);
-    let seeded: Vec<u64> = (0..SEEDED).map(|_| chance.random_range(2..=up_to)).collect();
+    let seeded: Vec<u64> = (0..seeded_times()).map(|_| chance.random_range(2..=up_to)).collect();
     println!("host {host} dies at {point}: seed {seed}, times {chosen:?} and {seeded:?}");
     for nth in chosen.iter().chain(&seeded) {
         let plan = FaultPlan::CrashPoint {
