@@ -61,7 +61,8 @@ impl MachineArgs {
             ))
         })?;
         let ram = Arc::new(Ram::new(self.ram_mib)?);
-        let entry = boot::load(&ram, &kernel, &self.cmdline)?;
+        let entry = boot::load(&ram, &kernel, &self.cmdline)
+            .map_err(|error| Error::environment(format!("{}: {error}", self.kernel.display())))?;
         let cpuid = guest_cpuid(&kvm)?;
         let mut hash = Sha256::new();
         for part in [
