@@ -49,6 +49,12 @@ pub fn run(config: Config) -> Result<Exit, StartError> {
     if let Some(directory) = &config.journal {
         prepare_journal(directory, &config.vm)?;
     }
+    // Later it may come and go; a backup with a mistyped path would learn of it at the failover.
+    std::fs::read_dir(&config.arbiter).map_err(|source| StartError::Path {
+        path: config.arbiter.clone(),
+        what: "read the arbiter's directory (--arbiter)",
+        source,
+    })?;
     let (listener, heartbeats) = sockets(&config)?;
     let local = Local::new(&config.devices).map_err(kernel("make shared memory for the VM"))?;
     let arbiter =

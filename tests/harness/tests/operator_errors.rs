@@ -288,6 +288,21 @@ fn tap_that_cannot_be_had_is_named() {
 }
 
 #[test]
+fn arbiter_that_is_not_there_is_named() {
+    let mut bench = Bench::new();
+    let mut arguments = ft_log(&bench, &bench.text("log.sock"));
+    let arbiter = bench.text("nowhere");
+    let at = arguments
+        .iter()
+        .position(|word| word == "--arbiter")
+        .expect("it is there");
+    arguments[at + 1].clone_from(&arbiter);
+    let (exit, said) = bench.refused(FT_LOG, &arguments);
+    assert_eq!(exit, ENVIRONMENT, "{said}");
+    one_line(&said, &[&arbiter, "--arbiter"]);
+}
+
+#[test]
 fn journal_that_cannot_be_written_is_named() {
     let mut bench = Bench::new();
     let mut arguments = ft_log(&bench, &bench.text("log.sock"));
