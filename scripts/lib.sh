@@ -47,6 +47,7 @@ need_tools() {
   need_command ip iproute2
   need_command unshare util-linux
   need_command cc gcc
+  need_command protoc protobuf-compiler
   need_cargo
 }
 
