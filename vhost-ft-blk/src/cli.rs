@@ -4,37 +4,28 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use ft_vhost::{
-    daemon::{self, Membership, Options, Signals},
+    conventions::Conventions,
+    daemon::{self, Signals},
     exit::End,
 };
 
 use crate::{disk::Disk, image::Image};
 
+/// What `--print-capabilities` says of the options of QEMU's schema.
+const CAPABILITIES: &[&str] = &["read-only", "blk-file"];
+
 /// vhost-user block device on a raw image. Exit codes: 0 ordinary end, 2 wrong usage, 3 environment, 4 halted, 6 this replica failed.
 #[derive(Debug, Parser)]
 #[command(name = "vhost-ft-blk", version)]
 pub struct Arguments {
-    /// Socket on which frontends connect.
-    #[arg(long, value_name = "VHOST_SOCK")]
-    socket_path: PathBuf,
+    #[command(flatten)]
+    conventions: Conventions,
     /// Raw image; its size is the disk's, a multiple of 512 bytes.
-    #[arg(long, value_name = "IMAGE")]
-    blk_file: PathBuf,
+    #[arg(long, value_name = "IMAGE", required_unless_present = "print_capabilities")]
+    blk_file: Option<PathBuf>,
     /// Refuse writes.
     #[arg(long)]
     read_only: bool,
-    /// Socket of the ft-log of this host: the device is one of a fault-tolerant VM.
-    #[arg(long, value_name = "SOCK", requires = "vm", requires = "device")]
-    ft_log: Option<PathBuf>,
-    /// Name of the VM.
-    #[arg(long, value_name = "NAME", requires = "ft_log")]
-    vm: Option<String>,
-    /// Name of this device in the VM, as in ft-log's --devices.
-    #[arg(long, value_name = "NAME", requires = "ft_log")]
-    device: Option<String>,
-    /// Append one JSON object per event to this file.
-    #[arg(long, value_name = "FILE")]
-    events: Option<PathBuf>,
 }
 
 /// Runs the daemon.
@@ -42,18 +33,15 @@ pub struct Arguments {
 /// # Errors
 /// [`End`].
 pub fn run(arguments: Arguments) -> Result<(), End> {
+    let conventions = &arguments.conventions;
+    if let Some(capabilities) = conventions.capabilities("block", CAPABILITIES) {
+        println!("{capabilities}");
+        return Ok(());
+    }
+    let blk_file = arguments.blk_file.as_deref().expect("clap asks for it");
+    let options = conventions.options();
     let signals = Signals::take().map_err(End::environment)?;
-    let image = Image::open(&arguments.blk_file, arguments.read_only).map_err(End::environment)?;
-    let membership = arguments
-        .ft_log
-        .zip(arguments.vm)
-        .zip(arguments.device)
-        .map(|((ft_log, vm), device)| Membership { ft_log, vm, device });
-    let options = Options {
-        socket_path: arguments.socket_path,
-        membership,
-        events: arguments.events,
-    };
+    let image = Image::open(blk_file, arguments.read_only).map_err(End::environment)?;
     let fingerprinted = image.try_clone().map_err(End::environment)?;
     let fingerprint = move || fingerprinted.fingerprint().map_err(End::environment);
     daemon::serve(&options, "vhost-ft-blk", Disk::new(image), signals, fingerprint)

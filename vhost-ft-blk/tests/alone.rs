@@ -7,8 +7,8 @@ use std::{fs::File, path::Path, process::Command};
 
 use support::{
     daemon::{Daemon, fails, text},
-    driver::{BlkDriver, BlkRequest, memory, readable, writable},
-    frontend::Session,
+    driver::{BlkDriver, memory, readable, writable},
+    frontend::{Session, complete},
 };
 use tempfile::TempDir;
 
@@ -26,23 +26,6 @@ fn command(socket: &Path, image: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-ft-blk"));
     command.args(["--socket-path", text(socket), "--blk-file", text(image)]);
     command
-}
-
-/// Kicks if the device asked for it and waits until all of `requests` are used.
-fn complete(session: &Session, driver: &mut BlkDriver, requests: &[BlkRequest]) {
-    if driver.ring.wants_kick() {
-        session.kick(0);
-    }
-    let mut left: Vec<u16> = requests.iter().map(|request| request.head).collect();
-    loop {
-        while let Some((head, _)) = driver.ring.take_used() {
-            left.retain(|other| *other != head);
-        }
-        if left.is_empty() {
-            return;
-        }
-        session.wait_call(0);
-    }
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! Command line, and the way from it to a running daemon.
 
-use std::{path::PathBuf, str::FromStr};
+use std::str::FromStr;
 
 use clap::Parser;
 use ft_vhost::{
-    daemon::{self, Membership, Options, Signals},
+    conventions::Conventions,
+    daemon::{self, Membership, Signals},
     exit::End,
     guest_side::{GuestSide, net::NetGuestSide},
 };
@@ -17,27 +18,14 @@ use crate::{nic::Nic, tap::TapName};
 #[derive(Debug, Parser)]
 #[command(name = "vhost-ft-net", version)]
 pub struct Arguments {
-    /// Socket on which frontends connect.
-    #[arg(long, value_name = "VHOST_SOCK")]
-    socket_path: PathBuf,
+    #[command(flatten)]
+    conventions: Conventions,
     /// An existing TAP interface; opened once the device reaches the outside world.
-    #[arg(long, value_name = "NAME")]
-    tap: TapName,
+    #[arg(long, value_name = "NAME", required_unless_present = "print_capabilities")]
+    tap: Option<TapName>,
     /// MAC address of the guest; derived from VM and device (alone: TAP) name without it. The same on both hosts.
     #[arg(long, value_name = "MAC")]
     mac: Option<Mac>,
-    /// Socket of the ft-log of this host: the device is one of a fault-tolerant VM.
-    #[arg(long, value_name = "SOCK", requires = "vm", requires = "device")]
-    ft_log: Option<PathBuf>,
-    /// Name of the VM.
-    #[arg(long, value_name = "NAME", requires = "ft_log")]
-    vm: Option<String>,
-    /// Name of this device in the VM, as in ft-log's --devices.
-    #[arg(long, value_name = "NAME", requires = "ft_log")]
-    device: Option<String>,
-    /// Append one JSON object per event to this file.
-    #[arg(long, value_name = "FILE")]
-    events: Option<PathBuf>,
 }
 
 /// A unicast MAC address.
@@ -98,27 +86,25 @@ fn fingerprint(mac: Mac) -> [u8; 32] {
 /// # Errors
 /// [`End`].
 pub fn run(arguments: Arguments) -> Result<(), End> {
+    let conventions = &arguments.conventions;
+    if let Some(capabilities) = conventions.capabilities("net", &[]) {
+        println!("{capabilities}");
+        return Ok(());
+    }
+    let tap = arguments.tap.expect("clap asks for it");
     let signals = Signals::take().map_err(End::environment)?;
-    let membership = arguments
-        .ft_log
-        .zip(arguments.vm)
-        .zip(arguments.device)
-        .map(|((ft_log, vm), device)| Membership { ft_log, vm, device });
     let mac = arguments.mac.unwrap_or_else(|| {
-        Mac::derived(&match &membership {
+        Mac::derived(&match conventions.membership() {
             Some(Membership { vm, device, .. }) => format!("{vm}/{device}"),
-            None => arguments.tap.to_string(),
+            None => tap.to_string(),
         })
     });
     // A TAP that is missing is better noticed now than when a failover wants it.
-    arguments.tap.check().map_err(End::environment)?;
-    let options = Options {
-        socket_path: arguments.socket_path,
-        membership,
-        events: arguments.events,
-    };
-    let nic = Nic::new(arguments.tap, mac.0);
-    daemon::serve(&options, "vhost-ft-net", nic, signals, || Ok(fingerprint(mac)))
+    tap.check().map_err(End::environment)?;
+    let options = conventions.options();
+    daemon::serve(&options, "vhost-ft-net", Nic::new(tap, mac.0), signals, || {
+        Ok(fingerprint(mac))
+    })
 }
 
 #[cfg(test)]

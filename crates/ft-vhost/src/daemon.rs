@@ -18,7 +18,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::{
     device::{Device, Uring, alone::Alone, gated::Gated},
     exit::{End, Status},
-    session::{self, Description, Listener},
+    service::Service,
+    session::{self, Description, Frontends, Source},
 };
 
 const TOKEN_DONE: u64 = 0;
@@ -113,8 +114,8 @@ pub struct Membership {
 /// What both daemons are told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Where frontends connect.
-    pub socket_path: PathBuf,
+    /// Where frontends come from.
+    pub source: Source,
     /// The VM it belongs to; alone without.
     pub membership: Option<Membership>,
     /// Where events go.
@@ -136,7 +137,7 @@ pub fn serve<D: Device>(
         let path = options.events.as_deref().unwrap_or(Path::new("")).display();
         End::environment(format!("cannot open --events {path}: {error}"))
     })?;
-    let listener = Listener::bind(&options.socket_path).map_err(End::environment)?;
+    let frontends = Frontends::open(&options.source).map_err(End::environment)?;
     let (sender, commands) = session::channel().map_err(End::environment)?;
     let guest = device.guest();
     let description = Description {
@@ -144,14 +145,16 @@ pub fn serve<D: Device>(
         config: guest.config(),
         queues: guest.queue_count(),
     };
-    let accepting = listener.try_clone().map_err(End::environment)?;
+    let accepting = frontends.accepting().map_err(End::environment)?;
     std::thread::Builder::new()
         .name("control".into())
-        .spawn(move || session::serve(&accepting, &description, sender))
+        .spawn(move || session::serve(accepting, &description, sender))
         .map_err(End::environment)?;
-    info!(socket = %options.socket_path.display(), "listening");
+    info!(socket = %options.source, "listening");
+    let service = Service::from_environment();
+    service.ready();
     match &options.membership {
-        None => Alone::new(device, commands, signals, events)?.run(),
+        None => Alone::new(device, commands, signals, events, service)?.run(),
         Some(Membership {
             ft_log,
             vm,
@@ -163,7 +166,7 @@ pub fn serve<D: Device>(
                 None => Ok(()),
                 Some(joined) => {
                     let joined = joined.map_err(End::environment)?;
-                    Gated::new(device, joined, commands, signals, events)?.run()
+                    Gated::new(device, joined, commands, signals, events, service)?.run()
                 }
             }
         }

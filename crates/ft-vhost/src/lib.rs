@@ -7,8 +7,10 @@
 //!                                                             └► [guest_side]  the half that touches guest memory, pure
 //! ```
 
+pub mod conventions;
 pub mod daemon;
 pub mod device;
 pub mod exit;
 pub mod guest_side;
+pub mod service;
 pub mod session;

@@ -7,11 +7,12 @@ use tracing::{error, info};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Completion, Device, Input, LOOP_TOKENS, Life, Uring, until, uring::PollHandle};
+use super::{Completion, Device, Input, LOOP_TOKENS, Life, Uring, earliest, until, uring::PollHandle};
 use crate::{
     daemon::Signals,
     exit::End,
     guest_side::{Outcome, RingError},
+    service::Service,
     session::{Command, CommandReceiver, Reply},
 };
 
@@ -49,6 +50,7 @@ pub struct Alone<D> {
     commands: CommandReceiver,
     signals: Signals,
     events: Events,
+    service: Service,
     lines: Vec<Line>,
     stopping: Option<(u16, Reply)>,
     sequence: u64,
@@ -60,7 +62,13 @@ impl<D: Device> Alone<D> {
     ///
     /// # Errors
     /// Without io_uring.
-    pub fn new(mut device: D, commands: CommandReceiver, signals: Signals, events: Events) -> Result<Self, End> {
+    pub fn new(
+        mut device: D,
+        commands: CommandReceiver,
+        signals: Signals,
+        events: Events,
+        service: Service,
+    ) -> Result<Self, End> {
         let lines = (0..device.guest().queue_count()).map(|_| Line::default()).collect();
         Ok(Self {
             device,
@@ -68,6 +76,7 @@ impl<D: Device> Alone<D> {
             commands,
             signals,
             events,
+            service,
             lines,
             stopping: None,
             sequence: 0,
@@ -95,7 +104,7 @@ impl<D: Device> Alone<D> {
                 return Ok(());
             }
             let now = monotonic_ns();
-            let deadline = self.device.tick(now, &mut self.events)?;
+            let deadline = earliest(self.device.tick(now, &mut self.events)?, self.service.tick(now));
             if self.lines.iter().any(|line| line.kicked && line.serves) {
                 self.io.submit();
             } else {
@@ -114,8 +123,7 @@ impl<D: Device> Alone<D> {
             }
             TOKEN_SIGNALS => {
                 info!("asked to end: draining");
-                self.ending = true;
-                self.lines.iter_mut().for_each(|line| line.serves = false);
+                self.end();
             }
             token if token >= TOKEN_KICK => {
                 let queue = (token & 0xffff) as usize;
@@ -131,6 +139,12 @@ impl<D: Device> Alone<D> {
             _ => self.device.complete(completion, &mut self.io)?,
         }
         Ok(())
+    }
+
+    fn end(&mut self) {
+        self.service.stopping();
+        self.ending = true;
+        self.lines.iter_mut().for_each(|line| line.serves = false);
     }
 
     fn command(&mut self, command: Command, reply: Reply) {
@@ -176,6 +190,11 @@ impl<D: Device> Alone<D> {
                 self.device.guest().reset();
                 // Holding on to the mapping would keep the memory of a VM that is gone.
                 self.device.guest().set_memory(GuestMemoryMmap::new());
+                Ok(0)
+            }
+            Command::Close => {
+                info!("no other frontend can come: draining");
+                self.end();
                 Ok(0)
             }
         };

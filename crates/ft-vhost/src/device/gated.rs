@@ -24,11 +24,12 @@ use nix::sys::socket::{MsgFlags, recv};
 use tracing::{debug, info};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Completion, Device, Input, LOOP_TOKENS, Life, Uring, until};
+use super::{Completion, Device, Input, LOOP_TOKENS, Life, Uring, earliest, until};
 use crate::{
     daemon::Signals,
     exit::End,
     guest_side::Outcome,
+    service::Service,
     session::{Command, CommandReceiver},
 };
 
@@ -60,6 +61,7 @@ pub struct Gated<D> {
     commands: CommandReceiver,
     signals: Signals,
     events: Events,
+    service: Service,
     stream: UnixStream,
     region: Arc<Region>,
     log: LogWriter,
@@ -87,6 +89,7 @@ impl<D: Device> Gated<D> {
         commands: CommandReceiver,
         signals: Signals,
         events: Events,
+        service: Service,
     ) -> Result<Self, End> {
         let DeviceSession {
             stream,
@@ -102,6 +105,7 @@ impl<D: Device> Gated<D> {
             commands,
             signals,
             events,
+            service,
             stream,
             region,
             log,
@@ -161,7 +165,7 @@ impl<D: Device> Gated<D> {
     /// Sleeps until there is something to do. What was said before the sleep is looked at once more after announcing it.
     fn sleep(&mut self) -> Result<(), End> {
         let now = monotonic_ns();
-        let deadline = self.device.tick(now, &mut self.events)?;
+        let deadline = earliest(self.device.tick(now, &mut self.events)?, self.service.tick(now));
         self.gate.set_sleeping(true);
         if self.gate.is_pending() && self.withheld.is_none() {
             self.io.submit();
@@ -240,7 +244,7 @@ impl<D: Device> Gated<D> {
                 .map_err(|error| error.to_string())?,
             Command::Call { .. } => {}
             Command::Stop { queue } => return Ok(guest.stop_queue(queue)),
-            Command::Left => debug!("the shim's connection ended"),
+            Command::Left | Command::Close => debug!("the shim's connection ended"),
         }
         Ok(0)
     }

@@ -109,6 +109,11 @@ pub trait Device {
     }
 }
 
+/// The earlier of two deadlines.
+fn earliest(one: Option<u64>, other: Option<u64>) -> Option<u64> {
+    one.into_iter().chain(other).min()
+}
+
 /// Time left until a deadline.
 fn until(deadline_ns: Option<u64>, now_ns: u64) -> Option<std::time::Duration> {
     deadline_ns.map(|deadline| std::time::Duration::from_nanos(deadline.saturating_sub(now_ns)))

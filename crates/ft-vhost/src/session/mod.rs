@@ -11,7 +11,7 @@ use std::{
     io,
     os::{
         fd::{AsRawFd, RawFd},
-        unix::net::UnixListener,
+        unix::net::{UnixListener, UnixStream},
     },
     sync::{Arc, Mutex, mpsc},
 };
@@ -27,7 +27,7 @@ mod handler;
 pub mod listener;
 pub mod memory;
 
-pub use listener::{ListenError, Listener};
+pub use listener::{Frontends, ListenError, Listener, Source};
 
 /// What the frontend changes.
 #[derive(Debug)]
@@ -63,6 +63,8 @@ pub enum Command {
     },
     /// The frontend is gone.
     Left,
+    /// No other frontend will come.
+    Close,
 }
 
 /// Where the answer to a command goes.
@@ -153,11 +155,21 @@ pub struct Description {
     pub queues: u16,
 }
 
-/// Serves frontends one after the other, for ever.
-pub fn serve(listener: &UnixListener, description: &Description, commands: CommandSender) {
+/// Serves frontends one after the other: for ever, or the one that is connected already.
+pub fn serve(frontends: Accepting, description: &Description, commands: CommandSender) {
     let commands = Arc::new(commands);
+    let accept = match frontends {
+        Accepting::From(listener) => listener,
+        Accepting::Only(stream) => {
+            let left = serve_one(stream, description, &commands).and_then(|()| commands.call(Command::Close).map(drop));
+            if let Err(reason) = left {
+                debug!(reason, "the device ended first");
+            }
+            return;
+        }
+    };
     loop {
-        let stream = match listener.accept() {
+        let stream = match accept.accept() {
             Ok((stream, _)) => stream,
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => {
@@ -165,24 +177,38 @@ pub fn serve(listener: &UnixListener, description: &Description, commands: Comma
                 return;
             }
         };
-        debug!("a frontend connected");
-        let handler = handler::Handler::new(description.clone(), Arc::clone(&commands));
-        let mut server = BackendReqHandler::from_stream(stream, Arc::new(Mutex::new(handler)));
-        let mut spoke = false;
-        let end = loop {
-            match server.handle_request() {
-                Ok(()) => spoke = true,
-                Err(error) => break error,
-            }
-        };
-        match end {
-            Error::Disconnected if !spoke => debug!("a frontend left without a word"),
-            Error::Disconnected => info!("the frontend left"),
-            error => warn!(%error, "the frontend is dropped"),
-        }
-        if let Err(reason) = commands.call(Command::Left) {
+        if let Err(reason) = serve_one(stream, description, &commands) {
             debug!(reason, "no more frontends");
             return;
         }
     }
+}
+
+/// Serves one frontend until it leaves.
+fn serve_one(stream: UnixStream, description: &Description, commands: &Arc<CommandSender>) -> Result<(), String> {
+    debug!("a frontend connected");
+    let handler = handler::Handler::new(description.clone(), Arc::clone(commands));
+    let mut server = BackendReqHandler::from_stream(stream, Arc::new(Mutex::new(handler)));
+    let mut spoke = false;
+    let end = loop {
+        match server.handle_request() {
+            Ok(()) => spoke = true,
+            Err(error) => break error,
+        }
+    };
+    match end {
+        Error::Disconnected if !spoke => debug!("a frontend left without a word"),
+        Error::Disconnected => info!("the frontend left"),
+        error => warn!(%error, "the frontend is dropped"),
+    }
+    commands.call(Command::Left).map(drop)
+}
+
+/// The control thread's handle on [`Frontends`].
+#[derive(Debug)]
+pub enum Accepting {
+    /// Those that connect.
+    From(UnixListener),
+    /// This one.
+    Only(UnixStream),
 }

@@ -1,6 +1,6 @@
 //! A vhost-user frontend that speaks as Cloud Hypervisor does, with an answer asked for everything.
 
-use std::{path::Path, time::Duration};
+use std::{os::unix::net::UnixStream, path::Path, time::Duration};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::{
@@ -13,7 +13,7 @@ use vhost::{
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::driver::Driver;
+use super::driver::{BlkDriver, BlkRequest, Driver};
 
 /// How long a test waits for something that must happen.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -39,8 +39,19 @@ impl Session {
         session
     }
 
+    /// The same over a socket that is connected already.
+    pub fn start_over(stream: UnixStream, memory: &GuestMemoryMmap, features: u64, driver: &Driver) -> Self {
+        let mut session = Self::negotiate_over(Frontend::from_stream(stream, 1), features, 1);
+        session.share(memory);
+        session.start_queue(0, driver);
+        session
+    }
+
     pub fn negotiate(path: &Path, features: u64, queues: usize) -> Self {
-        let mut frontend = Frontend::connect(path, queues as u64).unwrap();
+        Self::negotiate_over(Frontend::connect(path, queues as u64).unwrap(), features, queues)
+    }
+
+    fn negotiate_over(mut frontend: Frontend, features: u64, queues: usize) -> Self {
         frontend.set_owner().unwrap();
         let offered = frontend.get_features().unwrap();
         assert_ne!(offered & PROTOCOL_FEATURES, 0);
@@ -109,6 +120,23 @@ impl Session {
             .get_config(0, length, VhostUserConfigFlags::WRITABLE, &buffer)
             .unwrap();
         config
+    }
+}
+
+/// Kicks if the device asked for it and waits until all of `requests` are used.
+pub fn complete(session: &Session, driver: &mut BlkDriver, requests: &[BlkRequest]) {
+    if driver.ring.wants_kick() {
+        session.kick(0);
+    }
+    let mut left: Vec<u16> = requests.iter().map(|request| request.head).collect();
+    loop {
+        while let Some((head, _)) = driver.ring.take_used() {
+            left.retain(|other| *other != head);
+        }
+        if left.is_empty() {
+            return;
+        }
+        session.wait_call(0);
     }
 }
 
