@@ -5,9 +5,11 @@
 //!             platform  interrupt controllers, clock, console, virtio transports: pure, deterministic
 //!             device    the device daemons behind their gates, or their guest sides alone
 //!             lockstep  from stop point to stop point; the world or the log decides
+//!             debug     a recorded execution, looked at: trace, memory, registers, gdb, the first difference
 //! ```
 
 pub mod command;
+pub mod debug;
 pub mod device;
 pub mod error;
 pub mod lockstep;

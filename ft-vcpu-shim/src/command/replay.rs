@@ -1,21 +1,22 @@
-//! `ft-vcpu-shim replay`: a finished journal, executed again, offline.
+//! `ft-vcpu-shim replay`: a finished journal, executed again, offline, to its end or to a position.
 
-use std::{path::PathBuf, sync::Arc};
+use std::path::PathBuf;
 
 use clap::Args;
-use ft_client::journal::JournalReader;
-use ft_protocol::{Body, Generation, entry::Entry};
 use serde_json::json;
 
 use super::machine::MachineArgs;
 use crate::{
-    device::{Port, describe, offline::OfflinePort},
+    debug::{
+        disassembly, dump,
+        registers::{self, memory_of},
+        target::{Reached, Target},
+        trace::Trace,
+    },
     error::Error,
     lockstep::{
-        execution::End,
-        replay::{Replayer, Successor},
-        source::Source,
-        timeline::Timeline,
+        execution::{End, Execution, Step},
+        journal::{Recording, with_position},
     },
 };
 
@@ -26,100 +27,86 @@ pub struct ReplayArgs {
     journal: PathBuf,
     #[command(flatten)]
     machine: MachineArgs,
-    /// Also writes the final digests to this file, as JSON.
+    /// Stops exactly there: an exit count, EXITS+OFFSET, or lsn:LSN for the stop at which that entry has been applied.
+    #[arg(long, value_name = "POSITION")]
+    to: Option<Target>,
+    /// Also writes the digests at the end to this file, as JSON.
     #[arg(long, value_name = "FILE")]
     digests: Option<PathBuf>,
+    /// Writes the guest's memory there: raw, sparse, byte n is guest-physical address n.
+    #[arg(long, value_name = "FILE")]
+    dump_memory: Option<PathBuf>,
+    /// Prints the registers and the instructions around.
+    #[arg(long)]
+    registers: bool,
+    /// Writes one line a stop there; `-` is standard output.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// The trace is JSON, one object a line, with all registers.
+    #[arg(long, requires = "trace")]
+    trace_json: bool,
 }
 
-struct Journal {
-    reader: JournalReader,
-}
-
-impl Source for Journal {
-    fn next(&mut self, frame: &mut Vec<u8>) -> Result<Option<Generation>, Error> {
-        frame.clear();
-        match self.reader.next_entry() {
-            Ok(Some((_, bytes))) => {
-                frame.extend_from_slice(bytes);
-                return Ok(None);
-            }
-            Ok(None) => {}
-            Err(error) => return Err(Error::Journal(error.to_string())),
-        }
-        if let Some(tail) = self.reader.torn_tail() {
-            tracing::warn!("{tail}");
-        }
-        // The end of the file is the end of the log; the generation does not matter, nobody goes on.
-        Ok(Some(Generation(0)))
-    }
-
-    fn finish(&mut self) -> Result<(), Error> {
-        Ok(())
-    }
-}
-
-impl Successor for Journal {
-    fn succeed(self, _console: Option<std::fs::File>, _delivered: Vec<u64>, _now_ns: u64) -> Option<Box<dyn Timeline>> {
-        None
-    }
-}
-
-fn open(args: &ReplayArgs) -> Result<JournalReader, Error> {
-    JournalReader::open(&args.journal)
-        .map_err(|error| Error::Journal(format!("cannot open the journal: {error}. Check the directory")))
-}
-
-/// The devices of the recorded machine.
-fn recorded_devices(args: &ReplayArgs) -> Result<Vec<describe::Description>, Error> {
-    let mut frame = Vec::new();
-    let mut source = Journal { reader: open(args)? };
-    if source.next(&mut frame)?.is_some() {
-        return Err(Error::Journal(format!(
-            "the journal in {} has no entry",
-            args.journal.display()
-        )));
-    }
-    let entry = Entry::decode(&frame).map_err(|source| Error::Log {
-        after: ft_protocol::Lsn::ZERO,
-        source,
-    })?;
-    match entry.body {
-        Body::Boot { devices, .. } => describe::decode(devices).ok_or_else(|| {
-            Error::Journal("the journal's power-on entry describes no devices this release knows".into())
-        }),
-        _ => Err(Error::Journal("the journal does not begin with a power-on".into())),
-    }
-}
-
-/// Replays a journal and prints the digests at its end.
+/// Replays a journal, to its end or to `--to`, and prints what was asked for and the digests there.
 ///
 /// # Errors
-/// Divergence, damage, or a machine that is not the recorded one.
+/// Divergence, damage, a machine that is not the recorded one, or a position that the execution does not have.
 pub fn replay(args: &ReplayArgs) -> Result<(), Error> {
-    let machine = args.machine.load()?;
-    let mut ports: Vec<Box<dyn Port>> = Vec::new();
-    for description in recorded_devices(args)? {
-        ports.push(Box::new(OfflinePort::new(description, Arc::clone(&machine.ram))?));
-    }
-    let timeline = Box::new(Replayer::new(Journal { reader: open(args)? }, None));
-    let mut execution = machine.power_on(ports, timeline, Box::new(|_, _| {}))?;
-    let end = execution.run().map_err(|error| match error {
-        Error::Journal(damage) => {
-            let at = execution.position();
-            Error::Journal(format!(
-                "{damage}; the replay had come to exit {} at RIP {:#x}",
-                at.exits, at.rip
-            ))
-        }
-        other => other,
-    })?;
-    let (position, digests) = (execution.position(), execution.digests());
-    let ended = match end {
-        End::PowerOff => "power-off",
-        End::Reset => "reset",
-        End::LogEnd => "end of log",
+    let recording = Recording {
+        journal: args.journal.clone(),
+        machine: args.machine.clone(),
     };
-    let report = json!({
+    let mut trace = match &args.trace {
+        Some(path) => Some(Trace::open(path, args.trace_json)?),
+        None => None,
+    };
+    let mut execution = recording.power_on()?;
+    let ended = run(&mut execution, args.to, trace.as_mut());
+    // What was traced explains an error, so it comes first.
+    if let Some(trace) = trace {
+        trace.finish()?;
+    }
+    report(args, &execution, ended?)
+}
+
+/// Runs to the end, or to `to`; gives how the replay ended.
+fn run(execution: &mut Execution, to: Option<Target>, mut trace: Option<&mut Trace>) -> Result<&'static str, Error> {
+    loop {
+        let step = execution.step().map_err(|error| with_position(error, execution));
+        if let Some((trace, record)) = trace.as_mut().zip(execution.history().last()) {
+            trace.stop(record)?;
+        }
+        let step = step?;
+        let reached = to.zip(execution.history().last());
+        match reached.map(|(target, record)| (target, target.reached(record))) {
+            Some((_, Reached::Here)) => return Ok("position"),
+            Some((target, Reached::Passed)) => return Err(no_such_stop(target, execution)),
+            _ => {}
+        }
+        match (step, to) {
+            (Step::Stop | Step::Trap, _) => {}
+            (Step::End(_), Some(target)) => return Err(no_such_stop(target, execution)),
+            (Step::End(End::PowerOff), None) => return Ok("power-off"),
+            (Step::End(End::Reset), None) => return Ok("reset"),
+            (Step::End(End::LogEnd), None) => return Ok("end of log"),
+        }
+    }
+}
+
+/// The execution has no stop `target`: it ended before, or has none of that offset.
+fn no_such_stop(target: Target, execution: &Execution) -> Error {
+    let last = execution.history().last();
+    let entry = last.map_or(0, |record| record.entry.0);
+    let at = execution.position();
+    Error::LogEnds(format!(
+        "the recorded execution has no stop at {target}: the replay came to exit {}+{} with entry {entry}. `replay --trace -` lists the stops",
+        at.exits, at.offset
+    ))
+}
+
+fn report(args: &ReplayArgs, execution: &Execution, ended: &str) -> Result<(), Error> {
+    let (position, digests) = (execution.position(), execution.digests());
+    let mut report = json!({
         "ended": ended,
         "exits": position.exits,
         "rip": format!("{:#x}", position.rip),
@@ -127,6 +114,21 @@ pub fn replay(args: &ReplayArgs) -> Result<(), Error> {
         "register_digest": format!("{:016x}", digests.registers),
         "output_digest": format!("{:016x}", digests.outputs),
     });
+    if let Some(record) = execution.history().last() {
+        report["entry"] = json!(record.entry.0);
+    }
+    if args.registers {
+        let state = execution.vcpu().state()?;
+        print!("{}", registers::state_table(&state));
+        print!(
+            "{}",
+            disassembly::around(&memory_of(execution.vcpu(), &state), state.regs.rip)
+        );
+        report["registers"] = registers::general_json(&state.regs);
+    }
+    if let Some(path) = &args.dump_memory {
+        dump::write(execution.vcpu().ram(), path)?;
+    }
     println!("{report}");
     if let Some(path) = &args.digests {
         std::fs::write(path, format!("{report}\n")).map_err(|source| {

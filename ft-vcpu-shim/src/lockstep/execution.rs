@@ -15,6 +15,7 @@ use ft_protocol::{Generation, Position, Stop};
 
 use super::{
     digest::Digests,
+    history::{Access, Event, History},
     timeline::{Answered, Happening, Promotion, Timeline, Waiting},
 };
 use crate::{
@@ -41,6 +42,17 @@ pub enum End {
     LogEnd,
 }
 
+/// How far [`Execution::step`] came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// To a stop, and everything at it has happened.
+    Stop,
+    /// To where a debugger wanted the guest to stand still, which is no stop.
+    Trap,
+    /// To the end.
+    End(End),
+}
+
 /// Told when the execution goes live.
 pub type OnLive = Box<dyn FnMut(Generation, &Position)>;
 
@@ -54,6 +66,7 @@ pub struct Execution {
     exits: u64,
     position: Position,
     digests: Digests,
+    history: History,
     delivered: Vec<u64>,
     now_ns: u64,
 }
@@ -78,6 +91,7 @@ impl Execution {
             exits: 0,
             position: Position::default(),
             digests: Digests::default(),
+            history: History::default(),
             delivered,
             now_ns: 0,
         }
@@ -93,6 +107,23 @@ impl Execution {
     #[must_use]
     pub fn digests(&self) -> Digests {
         self.digests
+    }
+
+    /// The last stops.
+    #[must_use]
+    pub fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// The vCPU, between two stops.
+    #[must_use]
+    pub fn vcpu(&self) -> &Vcpu {
+        &self.vcpu
+    }
+
+    /// The vCPU, for a debugger. Whoever changes the guest's state has another execution.
+    pub fn vcpu_mut(&mut self) -> &mut Vcpu {
+        &mut self.vcpu
     }
 
     fn timeline(&mut self) -> &mut dyn Timeline {
@@ -111,28 +142,56 @@ impl Execution {
     /// # Errors
     /// Divergence, a guest that cannot go on, or the end of the replica.
     pub fn run(&mut self) -> Result<End, Error> {
+        self.start()?;
+        loop {
+            if let Step::End(end) = self.step()? {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// Tells the devices that the machine starts. Once, before the first [`Execution::step`].
+    ///
+    /// # Errors
+    /// The end of the replica.
+    pub fn start(&mut self) -> Result<(), Error> {
         let live = self.timeline().is_live();
         for port in &mut self.ports {
             port.call(&Request::Start { live })?;
         }
-        loop {
-            let exit = self.vcpu.run()?;
-            if exit == Exit::Interrupted {
-                continue;
+        Ok(())
+    }
+
+    /// Runs to the next stop and lets everything happen there.
+    ///
+    /// # Errors
+    /// See [`Execution::run`].
+    pub fn step(&mut self) -> Result<Step, Error> {
+        let exit = loop {
+            match self.vcpu.run()? {
+                Exit::Interrupted => {}
+                Exit::Trap => return Ok(Step::Trap),
+                exit => break exit,
             }
-            self.exits += 1;
-            let registers = self.vcpu.registers();
-            self.position = Position {
-                exits: self.exits,
-                offset: 0,
-                rip: registers.rip,
-                rcx: registers.rcx,
-            };
-            self.digests.registers(&registers);
-            if let Some(end) = self.handle(exit)? {
-                return Ok(end);
-            }
-        }
+        };
+        self.exits += 1;
+        let registers = self.vcpu.registers();
+        self.position = Position {
+            exits: self.exits,
+            offset: 0,
+            rip: registers.rip,
+            rcx: registers.rcx,
+        };
+        let entry = self.timeline().last_entry();
+        let access = Access::of(&exit, self.vcpu.data());
+        self.digests.registers(&registers);
+        self.history
+            .begin(self.position, access, registers, self.digests.combined(), entry);
+        let end = self.handle(exit)?;
+        // An offline replay has no timeline left at the end of its log: then nothing was applied here.
+        let entry = self.timeline.as_deref().map_or(entry, Timeline::last_entry);
+        self.history.settled(self.digests.combined(), entry);
+        Ok(end.map_or(Step::Stop, Step::End))
     }
 
     fn handle(&mut self, exit: Exit) -> Result<Option<End>, Error> {
@@ -144,6 +203,7 @@ impl Execution {
                 for unit in self.vcpu.answer().chunks_mut(size) {
                     self.board.port_read(port, unit);
                 }
+                self.history.answered(self.vcpu.answer());
                 None
             }
             Exit::MmioWrite { address } => self.mmio_write(address)?,
@@ -155,7 +215,7 @@ impl Execution {
             }
             Exit::Shutdown => return Err(self.guest("triple fault")),
             Exit::Unexpected(what) => return Err(self.guest(&format!("KVM exit {what}"))),
-            Exit::Interrupted => None,
+            Exit::Interrupted | Exit::Trap => None,
         };
         match end {
             Some(end) => Ok(Some(end)),
@@ -195,11 +255,15 @@ impl Execution {
         if self.board.load_shows_time(address) {
             let stop = self.stop();
             match self.ask(|timeline| timeline.now(&stop))? {
-                Some(now_ns) => self.now_ns = now_ns,
+                Some(now_ns) => {
+                    self.now_ns = now_ns;
+                    self.history.event(Event::Time(now_ns));
+                }
                 None => return Ok(Some(End::LogEnd)),
             }
         }
         self.board.mmio_read(address, self.now_ns, self.vcpu.answer());
+        self.history.answered(self.vcpu.answer());
         Ok(None)
     }
 
@@ -217,6 +281,9 @@ impl Execution {
         let stop = self.stop();
         let answered = self.ask(|timeline| timeline.console(&stop, &line))?;
         self.digests.output(xxhash_rust::xxh3::xxh3_64(&line));
+        self.history.event(Event::Console {
+            bytes: line.len() as u32,
+        });
         Ok(answered.map_or(Some(End::LogEnd), |()| None))
     }
 
@@ -228,6 +295,7 @@ impl Execution {
         }
         let stop = self.stop();
         let answered = self.ask(|timeline| timeline.power_off(&stop, reset))?;
+        self.history.event(Event::PowerOff { reset });
         let end = if reset { End::Reset } else { End::PowerOff };
         Ok(Some(answered.map_or(End::LogEnd, |()| end)))
     }
@@ -257,6 +325,10 @@ impl Execution {
             generation,
         })?;
         self.digests.output(answer.digest);
+        self.history.event(Event::Kick {
+            device: device as u8,
+            queue,
+        });
         self.interrupt_line(device, answer);
         crash::point("shim.kick.after");
         Ok(None)
@@ -289,6 +361,7 @@ impl Execution {
             && let Some(vector) = self.board.pic.acknowledge()
         {
             self.digests.interrupt(vector);
+            self.history.event(Event::Interrupt { vector });
             self.vcpu.interrupt(vector)?;
         }
         Ok(None)
@@ -314,11 +387,12 @@ impl Execution {
             Happening::Nothing => {}
             Happening::Time(now_ns) => {
                 self.now_ns = now_ns;
+                self.history.event(Event::Time(now_ns));
                 self.board.advance_time(now_ns);
             }
             Happening::Deliver { device, through } => {
                 let answer = self.ports[device].call(&Request::Deliver { through })?;
-                self.delivered[device] = through;
+                self.delivered_inputs(device, through);
                 self.interrupt_line(device, answer);
                 crash::point("shim.deliver.after");
             }
@@ -330,12 +404,20 @@ impl Execution {
                         payload: &input.payload,
                     };
                     let answer = self.ports[device].call(&request)?;
-                    self.delivered[device] = input.sequence;
+                    self.delivered_inputs(device, input.sequence);
                     self.interrupt_line(device, answer);
                 }
             }
         }
         Ok(())
+    }
+
+    fn delivered_inputs(&mut self, device: usize, through: u64) {
+        self.delivered[device] = through;
+        self.history.event(Event::Deliver {
+            device: device as u8,
+            through,
+        });
     }
 
     /// Asks the timeline; if its log is over, goes live and asks the successor. `None`: there is none.
@@ -371,6 +453,7 @@ impl Execution {
                 generation,
             })?;
         }
+        self.history.event(Event::Live { generation });
         (self.on_live)(generation, &self.position);
         Ok(true)
     }

@@ -8,6 +8,8 @@
 pub mod digest;
 pub mod divergence;
 pub mod execution;
+pub mod history;
+pub mod journal;
 pub mod record;
 pub mod replay;
 pub mod source;

@@ -33,6 +33,7 @@ pub struct Recorder {
     offset_ns: i128,
     last_ns: u64,
     last_logged_exit: u64,
+    last_entry: Lsn,
 }
 
 impl Recorder {
@@ -48,6 +49,7 @@ impl Recorder {
             offset_ns: i128::from(now_ns) - i128::from(monotonic_ns()),
             last_ns: now_ns,
             last_logged_exit: 0,
+            last_entry: Lsn::ZERO,
         }
     }
 
@@ -66,7 +68,8 @@ impl Recorder {
         urgency: Urgency,
     ) -> Result<Lsn, Error> {
         self.last_logged_exit = stop.position.exits;
-        Ok(self.log.append(device, queue, body, urgency)?)
+        self.last_entry = self.log.append(device, queue, body, urgency)?;
+        Ok(self.last_entry)
     }
 
     /// How much an output hurries: nobody acknowledges the entries of a side that is alone.
@@ -157,9 +160,13 @@ impl Timeline for Recorder {
         true
     }
 
+    fn last_entry(&self) -> Lsn {
+        self.last_entry
+    }
+
     fn boot(&mut self, fingerprint: &[u8; 32], devices: &[u8]) -> Result<u64, Error> {
         let wall_ns = wall_ns();
-        self.log.append(
+        self.last_entry = self.log.append(
             DeviceId::SHIM,
             0,
             &Body::Boot {

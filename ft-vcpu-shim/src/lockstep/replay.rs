@@ -42,7 +42,10 @@ pub struct Replayer<S> {
     frame: Vec<u8>,
     upcoming: Option<Upcoming>,
     inputs: Vec<VecDeque<LoggedInput>>,
+    /// The last entry that was read.
     last: Lsn,
+    /// The last entry that was applied; inputs are, with the entry after them.
+    applied: Lsn,
     console: Option<File>,
     now_ns: u64,
     /// Largest difference seen of virtual time to this host's clock: the best estimate of the primary's "now".
@@ -59,16 +62,11 @@ impl<S: Source> Replayer<S> {
             upcoming: None,
             inputs: vec![VecDeque::new(); DEVICES_MAX],
             last: Lsn::ZERO,
+            applied: Lsn::ZERO,
             console,
             now_ns: 0,
             offset_ns: i128::MIN,
         }
-    }
-
-    /// The last entry that was read.
-    #[must_use]
-    pub fn last(&self) -> Lsn {
-        self.last
     }
 
     /// Reads entries until one waits for a stop. `Some` generation: the log is over.
@@ -145,6 +143,7 @@ impl<S: Source> Replayer<S> {
                 format!("{what}, while the guest {did}"),
             ));
         }
+        self.applied = upcoming.lsn;
         Ok(Answered::Value(upcoming))
     }
 
@@ -183,6 +182,10 @@ impl<S: Successor + 'static> Timeline for Replayer<S> {
         false
     }
 
+    fn last_entry(&self) -> Lsn {
+        self.applied
+    }
+
     fn boot(&mut self, fingerprint: &[u8; 32], devices: &[u8]) -> Result<u64, Error> {
         if self.source.next(&mut self.frame)?.is_some() {
             return Err(Error::LogEnds("the log ended before the machine was powered on".into()));
@@ -203,7 +206,7 @@ impl<S: Successor + 'static> Timeline for Replayer<S> {
                             .into(),
                     ));
                 }
-                self.last = entry.lsn;
+                (self.last, self.applied) = (entry.lsn, entry.lsn);
                 Ok(wall_ns)
             }
             Body::Boot { .. } => Err(Error::LogEnds(
@@ -302,6 +305,7 @@ impl<S: Successor + 'static> Timeline for Replayer<S> {
             if let Some(what) = difference(&upcoming.stop, stop) {
                 return Err(Self::diverged(&upcoming, stop, what));
             }
+            self.applied = upcoming.lsn;
             let device = upcoming.device;
             return Ok(Answered::Value(match upcoming.action {
                 Action::Sync => continue,

@@ -71,6 +71,9 @@ pub trait Timeline {
     /// Whether the devices reach the outside world.
     fn is_live(&self) -> bool;
 
+    /// The last entry that was written, or applied: 0 before power-on.
+    fn last_entry(&self) -> Lsn;
+
     /// Power-on: wall clock at virtual time 0, after checking that the log (if any) begins with this machine.
     ///
     /// # Errors

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_interrupt, kvm_regs, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_MAX_CPUID_ENTRIES, kvm_fpu,
+    kvm_guest_debug, kvm_interrupt, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, SyncReg, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
@@ -54,6 +57,8 @@ pub enum Exit {
     Halt,
     /// A signal came; nothing happened in the guest.
     Interrupted,
+    /// The guest is where a debugger wanted it to stand still (see [`Vcpu::debug`]).
+    Trap,
     /// Triple fault.
     Shutdown,
     /// Anything else: a guest or KVM that this machine cannot go on with.
@@ -69,7 +74,21 @@ pub struct Vcpu {
     pending: Option<*mut [u8]>,
     _vm: VmFd,
     /// Mapped by KVM, so it must outlive the VM.
-    _ram: Arc<Ram>,
+    ram: Arc<Ram>,
+}
+
+/// Execution breakpoints that the CPU's debug registers hold.
+pub const BREAKPOINTS_MAX: usize = 4;
+
+/// The registers of a vCPU that stands still.
+#[derive(Clone, Debug)]
+pub struct CpuState {
+    /// General.
+    pub regs: kvm_regs,
+    /// System.
+    pub sregs: kvm_sregs,
+    /// Floating point and vector, as FXSAVE has them.
+    pub fpu: kvm_fpu,
 }
 
 fn kvm_failed(what: &str) -> impl Fn(kvm_ioctls::Error) -> Error + '_ {
@@ -117,7 +136,7 @@ impl Vcpu {
             data: Vec::with_capacity(EXIT_BYTES_MAX),
             pending: None,
             _vm: vm,
-            _ram: ram,
+            ram,
         })
     }
 
@@ -156,6 +175,7 @@ impl Vcpu {
             }
             VcpuExit::Hlt => Exit::Halt,
             VcpuExit::Intr => Exit::Interrupted,
+            VcpuExit::Debug(_) => Exit::Trap,
             VcpuExit::Shutdown => Exit::Shutdown,
             other => Exit::Unexpected(format!("{other:?}")),
         })
@@ -186,6 +206,49 @@ impl Vcpu {
     #[must_use]
     pub fn registers(&self) -> kvm_regs {
         self.vcpu.sync_regs().regs
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// All registers, before or after any exit.
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn state(&self) -> Result<CpuState, Error> {
+        let failed = kvm_failed("read registers");
+        Ok(CpuState {
+            regs: self.vcpu.get_regs().map_err(&failed)?,
+            sregs: self.vcpu.get_sregs().map_err(&failed)?,
+            fpu: self.vcpu.get_fpu().map_err(&failed)?,
+        })
+    }
+
+    /// Makes the guest stand still, with [`Exit::Trap`], before the instructions at `breakpoints` (the first [`BREAKPOINTS_MAX`]) and,
+    /// with `single_step`, after every instruction. Neither changes what the guest computes, where the KVM implements them: see
+    /// `debug::support`.
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn debug(&mut self, breakpoints: &[u64], single_step: bool) -> Result<(), Error> {
+        const DR7_RESERVED: u64 = 1 << 10;
+        let mut debug = kvm_guest_debug::default();
+        debug.arch.debugreg[7] = DR7_RESERVED;
+        for (index, address) in breakpoints.iter().take(BREAKPOINTS_MAX).enumerate() {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+            debug.arch.debugreg[index] = *address;
+            // Global enable; condition and length 0 mean execution.
+            debug.arch.debugreg[7] |= 2 << (2 * index);
+        }
+        if single_step {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+        }
+        self.vcpu
+            .set_guest_debug(&debug)
+            .map_err(kvm_failed("set breakpoints or single-step"))
     }
 
     /// Whether an interrupt can enter the guest here (IF=1, no shadow, none pending).

@@ -1,0 +1,16 @@
+//! Looking at an execution: where it is, what it did, what its memory holds, and where two of them part.
+//!
+//! ```text
+//!  journal ─► execution, stop by stop ─┬─► trace       one line a stop
+//!                 ▲                    ├─► registers, disassembly, memory dump
+//!                 │ anew               ├─► gdb         remote protocol, backwards too: by replaying anew
+//!                 └────────────────────┴─► bisect      the first stop at which two executions differ
+//! ```
+//! Nothing here changes what the guest computes.
+
+pub mod disassembly;
+pub mod dump;
+pub mod paging;
+pub mod registers;
+pub mod target;
+pub mod trace;
