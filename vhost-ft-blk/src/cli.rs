@@ -7,9 +7,13 @@ use ft_vhost::{
     conventions::Conventions,
     daemon::{self, Signals},
     exit::End,
+    guest_side::blk::{Geometry, ID_BYTES, QUEUES_MAX},
 };
 
-use crate::{disk::Disk, image::Image};
+use crate::{
+    disk::{Disk, SERIAL},
+    image::Image,
+};
 
 /// What `--print-capabilities` says of the options of QEMU's schema.
 const CAPABILITIES: &[&str] = &["read-only", "blk-file"];
@@ -26,6 +30,22 @@ pub struct Arguments {
     /// Refuse writes.
     #[arg(long)]
     read_only: bool,
+    /// Queues; a protected VM has one.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
+    num_queues: u16,
+    /// Bytes of a logical block.
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = ["512", "4096"])]
+    block_size: String,
+    /// What the guest is told as the disk's serial, up to 20 bytes.
+    #[arg(long, value_name = "TEXT", default_value = SERIAL, value_parser = serial)]
+    serial: String,
+}
+
+fn serial(text: &str) -> Result<String, String> {
+    match text.len() {
+        0..=ID_BYTES => Ok(text.into()),
+        bytes => Err(format!("{bytes} bytes, at most {ID_BYTES} reach the guest")),
+    }
 }
 
 /// Runs the daemon.
@@ -41,8 +61,28 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
     let blk_file = arguments.blk_file.as_deref().expect("clap asks for it");
     let options = conventions.options();
     let signals = Signals::take().map_err(End::environment)?;
-    let image = Image::open(blk_file, arguments.read_only).map_err(End::environment)?;
+    let block_bytes = arguments.block_size.parse().expect("clap lets two sizes through");
+    let image = Image::open(blk_file, arguments.read_only, block_bytes).map_err(End::environment)?;
+    let protected = conventions.membership().is_some();
+    if protected && arguments.num_queues > 1 {
+        return Err(End::environment(
+            "a protected VM's disk has one queue: leave --num-queues out, or --ft-log",
+        ));
+    }
+    let geometry = Geometry {
+        capacity_sectors: image.sectors(),
+        read_only: image.is_read_only(),
+        queues: arguments.num_queues,
+        block_bytes,
+        cache_mode_writable: !protected,
+    };
     let fingerprinted = image.try_clone().map_err(End::environment)?;
     let fingerprint = move || fingerprinted.fingerprint().map_err(End::environment);
-    daemon::serve(&options, "vhost-ft-blk", Disk::new(image), signals, fingerprint)
+    daemon::serve(
+        &options,
+        "vhost-ft-blk",
+        Disk::new(image, geometry, &arguments.serial),
+        signals,
+        fingerprint,
+    )
 }

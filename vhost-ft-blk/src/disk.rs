@@ -14,16 +14,17 @@ use std::{
 use ft_client::{crash, events::Events};
 use ft_protocol::Lsn;
 use ft_vhost::{
-    device::{Completion, Device, Input, Life, Uring},
+    device::{Completion, Device, Fallocate, Input, Life, Uring},
     exit::End,
     guest_side::{
         BOUNCE, GuestSide,
         blk::{
-            BlkGuestSide, COMPLETION_HEADER_BYTES, ID_BYTES, Kind, Request, SECTOR_BYTES, STATUS_IO_ERROR, STATUS_OK,
-            completion_header,
+            BlkGuestSide, COMPLETION_HEADER_BYTES, CONFIG_WRITEBACK_OFFSET, FEATURE_CONFIG_WCE, FEATURE_FLUSH,
+            Geometry, ID_BYTES, Kind, Request, SECTOR_BYTES, STATUS_IO_ERROR, STATUS_OK, completion_header,
         },
     },
 };
+use nix::libc;
 use serde_json::json;
 use tracing::{info, warn};
 
@@ -32,8 +33,10 @@ use crate::{
     overlap::{Access, Schedule},
 };
 
-/// What GET_ID answers.
-const SERIAL: &[u8] = b"ft-blk";
+/// What GET_ID answers unless the operator says otherwise.
+pub const SERIAL: &str = "ft-blk";
+/// Zeroes written at once where the image cannot make them itself.
+const ZEROES_BYTES: usize = 1 << 20;
 /// Write data in bounce buffers beyond which no further kick is answered.
 const BOUNCE_BYTES_MAX: usize = 32 << 20;
 /// Completions are put together in one input up to this size.
@@ -41,23 +44,35 @@ const INPUT_BYTES_MERGED: usize = 64 << 10;
 /// Buffers kept for reuse.
 const SPARE_BUFFERS: usize = 64;
 
-/// `VIRTIO_BLK_F_FLUSH`: without it the driver takes every write to be durable.
-const FEATURE_FLUSH: u64 = 1 << 9;
-
 /// A request on its way to the image or back.
 #[derive(Debug)]
 struct Job {
     request: Request,
-    /// Data bytes done.
+    /// Bytes done.
     done: usize,
+    /// Zeroes are written out: the image cannot make them itself.
+    by_hand: bool,
 }
 
 /// A completion the guest has not got yet.
 #[derive(Debug)]
 struct Done {
     id: u64,
+    queue: u16,
     /// Header and data, as in a payload.
     completion: Vec<u8>,
+}
+
+/// How zeroes are made: with a hole where the driver allows it.
+fn zeroing(unmap: bool) -> Fallocate {
+    match unmap {
+        true => Fallocate::PunchHole,
+        false => Fallocate::ZeroRange,
+    }
+}
+
+fn is_unsupported(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EOPNOTSUPP)
 }
 
 /// The device.
@@ -66,6 +81,7 @@ pub struct Disk {
     guest: BlkGuestSide,
     image: Image,
     life: Life,
+    serial: String,
     write_through: bool,
     schedule: Schedule,
     jobs: HashMap<u64, Job>,
@@ -79,13 +95,14 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk on `image`.
+    /// A disk on `image` that its driver sees as `geometry`; `serial` is cut to what the driver can be told.
     #[must_use]
-    pub fn new(image: Image) -> Self {
+    pub fn new(image: Image, geometry: Geometry, serial: &str) -> Self {
         Self {
-            guest: BlkGuestSide::new(image.sectors(), image.is_read_only()),
+            guest: BlkGuestSide::new(geometry),
             image,
             life: Life::Alone,
+            serial: serial.into(),
             write_through: false,
             schedule: Schedule::default(),
             jobs: HashMap::new(),
@@ -101,7 +118,7 @@ impl Disk {
     fn take(&mut self, request: Request, io: &mut Uring) {
         let sectors = || request.sector..request.sector + u64::from(request.length) / SECTOR_BYTES;
         let access = match request.kind {
-            Kind::Write => Access::Write(sectors()),
+            Kind::Write | Kind::Discard | Kind::WriteZeroes { .. } => Access::Write(sectors()),
             Kind::Flush => Access::Flush,
             _ if self.life == Life::Follows => {
                 self.passive.push_back(request);
@@ -110,19 +127,25 @@ impl Disk {
             Kind::Read => Access::Read(sectors()),
             Kind::GetId => {
                 let mut id = [0; ID_BYTES];
-                id[..SERIAL.len()].copy_from_slice(SERIAL);
+                let serial = &self.serial.as_bytes()[..self.serial.len().min(ID_BYTES)];
+                id[..serial.len()].copy_from_slice(serial);
                 let length = id.len().min(request.length as usize);
-                self.report(request.id, STATUS_OK, &id[..length]);
+                self.report(request.id, request.queue, STATUS_OK, &id[..length]);
                 return;
             }
             Kind::Refused(status) => {
-                self.report(request.id, status, &[]);
+                self.report(request.id, request.queue, status, &[]);
                 return;
             }
         };
         let id = request.id;
         self.bounce_bytes += request.data.len();
-        self.jobs.insert(id, Job { request, done: 0 });
+        let job = Job {
+            request,
+            done: 0,
+            by_hand: false,
+        };
+        self.jobs.insert(id, job);
         if self.schedule.arrive(id, access) {
             self.start_job(id, io);
         }
@@ -130,7 +153,8 @@ impl Disk {
 
     fn start_job(&mut self, id: u64, io: &mut Uring) {
         let Self { jobs, image, spare, .. } = self;
-        let Job { request, done } = jobs.get_mut(&id).expect("a startable request has a job");
+        let Job { request, done, by_hand } = jobs.get_mut(&id).expect("a startable request has a job");
+        let left = request.length as usize - *done;
         let offset = request.sector * SECTOR_BYTES + *done as u64;
         match request.kind {
             Kind::Write => {
@@ -142,6 +166,14 @@ impl Disk {
                 crash::point("blk.flush.before");
                 io.datasync(image.fd(), id);
             }
+            Kind::WriteZeroes { .. } if *by_hand => {
+                crash::point("blk.write.before");
+                let mut zeroes = std::mem::take(&mut request.data);
+                zeroes.resize(left.min(ZEROES_BYTES), 0);
+                io.write(image.fd(), offset, zeroes, 0, self.write_through, id);
+            }
+            Kind::WriteZeroes { unmap } => io.fallocate(image.fd(), zeroing(unmap), offset, left as u64, id),
+            Kind::Discard => io.fallocate(image.fd(), Fallocate::PunchHole, offset, left as u64, id),
             _ => {
                 let mut buffer = match *done {
                     0 => spare.pop().unwrap_or_default(),
@@ -154,21 +186,27 @@ impl Disk {
     }
 
     /// A completion without a job.
-    fn report(&mut self, id: u64, status: u8, data: &[u8]) {
+    fn report(&mut self, id: u64, queue: u16, status: u8, data: &[u8]) {
         let mut completion = self.spare.pop().unwrap_or_default();
         completion.clear();
         completion.extend_from_slice(&completion_header(id, status, data.len() as u32));
         completion.extend_from_slice(data);
-        self.done.push_back(Done { id, completion });
+        self.done.push_back(Done { id, queue, completion });
     }
 
     fn finish_job(&mut self, id: u64, result: Result<(), io::Error>, io: &mut Uring) -> Result<(), End> {
         let Job { mut request, .. } = self.jobs.remove(&id).expect("it just completed");
         let Request {
-            kind, sector, length, ..
+            kind,
+            queue,
+            sector,
+            length,
+            ..
         } = request;
         let status = match result {
             Ok(()) => STATUS_OK,
+            // Where the image cannot give space back a discard is advice that is not taken, here and on the other host.
+            Err(error) if kind == Kind::Discard && is_unsupported(&error) => STATUS_OK,
             Err(error) if self.life == Life::Follows => {
                 return Err(End::Replica(format!(
                     "{kind:?} of {length} bytes at sector {sector} failed here and not on the primary: the images are not \
@@ -197,9 +235,9 @@ impl Disk {
                 if !BOUNCE {
                     self.guest.write_ahead(id, &completion[COMPLETION_HEADER_BYTES..])?;
                 }
-                self.done.push_back(Done { id, completion });
+                self.done.push_back(Done { id, queue, completion });
             } else {
-                self.report(id, status, &[]);
+                self.report(id, queue, status, &[]);
             }
         }
         self.recycle(request.data);
@@ -219,7 +257,20 @@ impl Device for Disk {
     }
 
     fn set_features(&mut self, features: u64) {
-        self.write_through = features & FEATURE_FLUSH == 0;
+        self.write_through = features & (FEATURE_FLUSH | FEATURE_CONFIG_WCE) == 0;
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), String> {
+        match (offset, bytes) {
+            (CONFIG_WRITEBACK_OFFSET, [writeback]) if *writeback <= 1 => {
+                self.write_through = *writeback == 0;
+                Ok(())
+            }
+            _ => Err(format!(
+                "only the cache mode can be set, not {} bytes at {offset} of the configuration space",
+                bytes.len()
+            )),
+        }
     }
 
     fn start(&mut self, life: Life, _io: &mut Uring) -> Result<(), End> {
@@ -245,9 +296,11 @@ impl Device for Disk {
         } = completion;
         let job = self.jobs.get_mut(&id).expect("the ring completes what was submitted");
         job.request.data = buffer;
+        let is_zeroing = matches!(job.request.kind, Kind::WriteZeroes { .. });
         let result = match u32::try_from(result) {
             Err(_) => Err(io::Error::from_raw_os_error(-result)),
-            Ok(_) if job.request.kind == Kind::Flush => Ok(()),
+            Ok(_) if matches!(job.request.kind, Kind::Flush | Kind::Discard) => Ok(()),
+            Ok(_) if is_zeroing && !job.by_hand => Ok(()),
             Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the image became shorter")),
             Ok(bytes) => {
                 job.done += bytes as usize;
@@ -263,6 +316,11 @@ impl Device for Disk {
                 self.start_job(id, io);
                 Ok(())
             }
+            Err(error) if is_zeroing && !job.by_hand && is_unsupported(&error) => {
+                job.by_hand = true;
+                self.start_job(id, io);
+                Ok(())
+            }
             result => self.finish_job(id, result, io),
         }
     }
@@ -270,13 +328,14 @@ impl Device for Disk {
     fn take_input(&mut self, _io: &mut Uring) -> Result<Option<Input>, End> {
         let Some(Done {
             completion: mut payload,
+            queue,
             ..
         }) = self.done.pop_front()
         else {
             return Ok(None);
         };
         while let Some(next) = self.done.front() {
-            if payload.len() + next.completion.len() > INPUT_BYTES_MERGED {
+            if next.queue != queue || payload.len() + next.completion.len() > INPUT_BYTES_MERGED {
                 break;
             }
             payload.extend_from_slice(&next.completion);
@@ -284,11 +343,11 @@ impl Device for Disk {
                 self.recycle(next.completion);
             }
         }
-        Ok(Some(Input { queue: 0, payload }))
+        Ok(Some(Input { queue, payload }))
     }
 
     fn recycle(&mut self, payload: Vec<u8>) {
-        if payload.capacity() != 0 && self.spare.len() < SPARE_BUFFERS {
+        if (1..ZEROES_BYTES).contains(&payload.capacity()) && self.spare.len() < SPARE_BUFFERS {
             self.spare.push(payload);
         }
     }

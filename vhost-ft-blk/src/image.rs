@@ -44,13 +44,15 @@ pub enum ImageError {
     /// Nothing in it.
     #[error("image {0} is too small: a disk has at least one sector of 512 bytes")]
     TooSmall(PathBuf),
-    /// A part of a sector at its end.
-    #[error("image {path} has {bytes} bytes, which is not a multiple of 512: is it a raw image?")]
-    PartSector {
+    /// A part of a block at its end.
+    #[error("image {path} has {bytes} bytes, which is not a multiple of {block_bytes}: is it a raw image?")]
+    PartBlock {
         /// Image.
         path: PathBuf,
         /// Its size.
         bytes: u64,
+        /// Bytes of a logical block.
+        block_bytes: u32,
     },
 }
 
@@ -63,11 +65,11 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens and locks `path`: exclusively, or shared with other readers if `read_only`.
+    /// Opens and locks `path`: exclusively, or shared with other readers if `read_only`. Its size must be whole blocks.
     ///
     /// # Errors
     /// [`ImageError`].
-    pub fn open(path: &Path, read_only: bool) -> Result<Self, ImageError> {
+    pub fn open(path: &Path, read_only: bool, block_bytes: u32) -> Result<Self, ImageError> {
         let open = |source| ImageError::Open {
             path: path.into(),
             source,
@@ -82,9 +84,13 @@ impl Image {
         if bytes < SECTOR_BYTES {
             return Err(ImageError::TooSmall(path.into()));
         }
-        if !bytes.is_multiple_of(SECTOR_BYTES) {
+        if !bytes.is_multiple_of(block_bytes.into()) {
             let path = path.into();
-            return Err(ImageError::PartSector { path, bytes });
+            return Err(ImageError::PartBlock {
+                path,
+                bytes,
+                block_bytes,
+            });
         }
         Ok(Self { file, bytes, read_only })
     }
@@ -186,25 +192,34 @@ mod tests {
     #[test]
     fn a_second_writer_is_locked_out_and_readers_share() {
         let file = image(1024);
-        let first = Image::open(file.path(), false).unwrap();
+        let first = Image::open(file.path(), false, 512).unwrap();
         assert_eq!(first.sectors(), 2);
-        assert!(matches!(Image::open(file.path(), false), Err(ImageError::Locked(_))));
-        assert!(matches!(Image::open(file.path(), true), Err(ImageError::Locked(_))));
+        assert!(matches!(
+            Image::open(file.path(), false, 512),
+            Err(ImageError::Locked(_))
+        ));
+        assert!(matches!(
+            Image::open(file.path(), true, 512),
+            Err(ImageError::Locked(_))
+        ));
         drop(first);
-        let _reader = Image::open(file.path(), true).unwrap();
-        let _other = Image::open(file.path(), true).unwrap();
-        assert!(matches!(Image::open(file.path(), false), Err(ImageError::Locked(_))));
+        let _reader = Image::open(file.path(), true, 512).unwrap();
+        let _other = Image::open(file.path(), true, 512).unwrap();
+        assert!(matches!(
+            Image::open(file.path(), false, 512),
+            Err(ImageError::Locked(_))
+        ));
     }
 
     #[test]
     fn sizes_that_are_no_disk_are_refused() {
         for bytes in [0, 100, 511] {
-            let refused = Image::open(image(bytes).path(), false);
+            let refused = Image::open(image(bytes).path(), false, 512);
             assert!(matches!(refused, Err(ImageError::TooSmall(_))));
         }
-        let refused = Image::open(image(1000).path(), false);
-        assert!(matches!(refused, Err(ImageError::PartSector { bytes: 1000, .. })));
-        let refused = Image::open(Path::new("/nonexistent/image"), false);
+        let refused = Image::open(image(1000).path(), false, 512);
+        assert!(matches!(refused, Err(ImageError::PartBlock { bytes: 1000, .. })));
+        let refused = Image::open(Path::new("/nonexistent/image"), false, 512);
         assert!(matches!(refused, Err(ImageError::Open { .. })));
     }
 
@@ -214,7 +229,7 @@ mod tests {
             let mut file = image(0);
             file.write_all(content).unwrap();
             file.as_file().set_len(bytes).unwrap();
-            Image::open(file.path(), false).unwrap().fingerprint().unwrap()
+            Image::open(file.path(), false, 512).unwrap().fingerprint().unwrap()
         };
         let base = fingerprint(b"x", 100 << 10);
         assert_eq!(base, fingerprint(b"x", 100 << 10));
@@ -227,7 +242,7 @@ mod tests {
         let mut file = image(large);
         file.write_all(b"x").unwrap();
         file.as_file().write_all_at(b"z", large - 1).unwrap();
-        let end = Image::open(file.path(), false).unwrap().fingerprint().unwrap();
+        let end = Image::open(file.path(), false, 512).unwrap().fingerprint().unwrap();
         assert_ne!(base, end);
     }
 }

@@ -4,11 +4,11 @@ mod support;
 
 use ft_vhost::guest_side::{
     GuestSide, QueueSetup, RingError,
-    blk::{BlkGuestSide, Kind, REQUEST_BYTES_MAX, completion_header, completions},
+    blk::{BlkGuestSide, Geometry, Kind, REQUEST_BYTES_MAX, completion_header, completions},
     net::{NetGuestSide, RECEIVE, TRANSMIT, WAITING_FRAMES_MAX},
 };
 use proptest::prelude::*;
-use support::driver::{BlkDriver, Buffer, Driver, memory, readable, writable};
+use support::driver::{BlkDriver, Buffer, Driver, MEMORY_BYTES, memory, readable, writable};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const SECTORS: u64 = 1000;
@@ -16,7 +16,7 @@ const SECTORS: u64 = 1000;
 fn blk(event_idx: bool) -> (BlkGuestSide, BlkDriver) {
     let memory = memory();
     let driver = BlkDriver::new(&memory, event_idx);
-    let mut side = BlkGuestSide::new(SECTORS, false);
+    let mut side = BlkGuestSide::new(Geometry::plain(SECTORS, false));
     side.set_memory(memory);
     side.configure_queue(0, &driver.ring.setup()).unwrap();
     (side, driver)
@@ -153,7 +153,7 @@ fn interrupts_come_as_the_driver_asked() {
 fn impossible_setups_are_refused() {
     let memory = memory();
     let driver = Driver::new(&memory, 0x1_0000, 64, true);
-    let mut side = BlkGuestSide::new(SECTORS, false);
+    let mut side = BlkGuestSide::new(Geometry::plain(SECTORS, false));
     assert_eq!(side.configure_queue(0, &driver.setup()), Err(RingError::NoMemory));
     side.set_memory(memory);
     assert_eq!(side.configure_queue(1, &driver.setup()), Err(RingError::NoQueue(1)));
@@ -176,7 +176,7 @@ fn impossible_setups_are_refused() {
             ..good
         },
         QueueSetup {
-            used_ring: (16 << 20) - 8,
+            used_ring: MEMORY_BYTES - 8,
             ..good
         },
         QueueSetup {
@@ -326,7 +326,7 @@ fn a_guest_without_a_driver_hears_nothing() {
 
 #[test]
 fn configuration_spaces_say_what_the_specification_says() {
-    let blk = BlkGuestSide::new(0x1234, true);
+    let blk = BlkGuestSide::new(Geometry::plain(0x1234, true));
     let config = blk.config();
     assert_eq!(config.len(), 60);
     assert_eq!(config[..2], [0x34, 0x12]);
@@ -334,7 +334,7 @@ fn configuration_spaces_say_what_the_specification_says() {
     assert_eq!(word(8) as usize * word(12) as usize, REQUEST_BYTES_MAX);
     assert_eq!(word(20), 512);
     assert_ne!(blk.features() & 1 << 5, 0);
-    assert_eq!(BlkGuestSide::new(1, false).features() & 1 << 5, 0);
+    assert_eq!(BlkGuestSide::new(Geometry::plain(1, false)).features() & 1 << 5, 0);
     let net = NetGuestSide::new([1, 2, 3, 4, 5, 6]);
     assert_eq!(net.config()[..6], [1, 2, 3, 4, 5, 6]);
     assert_eq!(net.features(), 1 << 32 | 1 << 29 | 1 << 28 | 1 << 5);
@@ -372,7 +372,7 @@ proptest! {
         let driver = Driver::new(&memory, 0x1_0000, 64, event_idx);
         strew(&memory, &writes);
         memory.write_obj(available, GuestAddress(driver.setup().available_ring + 2)).unwrap();
-        let mut blk = BlkGuestSide::new(SECTORS, false);
+        let mut blk = BlkGuestSide::new(Geometry::plain(SECTORS, false));
         let mut net = NetGuestSide::new([2; 6]);
         let sides: [&mut dyn GuestSide; 2] = [&mut blk, &mut net];
         for side in sides {
@@ -433,7 +433,7 @@ proptest! {
                 outcomes.push(side.kick(0).unwrap());
                 pending.extend(requests(&mut side).into_iter().map(|(id, kind, _, length, _)| (id, if kind == Kind::Read { length } else { 0 })));
             }
-            (outcomes, driver.ring.read(0, 16 << 20))
+            (outcomes, driver.ring.read(0, MEMORY_BYTES as usize))
         };
         let (one, other) = (run(), run());
         prop_assert!(one == other);

@@ -4,14 +4,15 @@
 use std::sync::Arc;
 
 use ft_client::gate::{Answer, Request};
-use ft_vhost::guest_side::{self, GuestSide, Outcome, RingError, blk::BlkGuestSide, net::NetGuestSide};
+use ft_vhost::guest_side::{
+    self, GuestSide, Outcome, RingError,
+    blk::{BlkGuestSide, Geometry},
+    net::NetGuestSide,
+};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::{Port, TYPE_BLOCK, TYPE_NET, describe::Description};
 use crate::{error::Error, machine::memory::Ram, platform::virtio_mmio::QueueSetup};
-
-/// virtio-blk's read-only feature bit.
-const BLK_READ_ONLY: u64 = 1 << 5;
 
 /// The device.
 pub struct OfflinePort {
@@ -34,15 +35,8 @@ impl OfflinePort {
         };
         let guest_side: Box<dyn GuestSide> = match description.device_type {
             TYPE_BLOCK => {
-                let capacity = description
-                    .config
-                    .get(..8)
-                    .and_then(|bytes| bytes.try_into().ok())
-                    .map(u64::from_le_bytes);
-                Box::new(BlkGuestSide::new(
-                    capacity.ok_or_else(unknown)?,
-                    description.features & BLK_READ_ONLY != 0,
-                ))
+                let geometry = Geometry::described(description.features, &description.config);
+                Box::new(BlkGuestSide::new(geometry.ok_or_else(unknown)?))
             }
             TYPE_NET => {
                 let mac = description.config.get(..6).and_then(|bytes| bytes.try_into().ok());

@@ -157,6 +157,7 @@ impl<D: Device> Alone<D> {
                 self.device.set_features(features);
                 Ok(0)
             }
+            Command::Config { offset, bytes } => self.device.set_config(offset, &bytes).map(|()| 0),
             Command::Start {
                 queue,
                 setup,

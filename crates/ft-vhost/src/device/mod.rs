@@ -15,7 +15,7 @@ pub mod alone;
 pub mod gated;
 pub mod uring;
 
-pub use uring::{Completion, Uring};
+pub use uring::{Completion, Fallocate, Uring};
 
 /// Tokens from here on belong to the loop; a device uses smaller ones.
 pub const LOOP_TOKENS: u64 = 1 << 63;
@@ -47,6 +47,14 @@ pub trait Device {
 
     /// The driver took these features.
     fn set_features(&mut self, _features: u64) {}
+
+    /// The driver writes to the configuration space.
+    ///
+    /// # Errors
+    /// Why it may not.
+    fn set_config(&mut self, _offset: u32, _bytes: &[u8]) -> Result<(), String> {
+        Err("the configuration space is read-only".into())
+    }
 
     /// The device begins its life.
     ///

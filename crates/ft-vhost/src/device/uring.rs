@@ -29,6 +29,16 @@ struct Operation {
     buffer: Vec<u8>,
 }
 
+/// What fallocate(2) does to a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Fallocate {
+    /// Gives its space back; it reads as zeroes.
+    PunchHole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+    /// Zeroes that keep their space.
+    ZeroRange = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+}
+
 /// A poll that waits, to cancel it.
 #[derive(Clone, Copy, Debug)]
 pub struct PollHandle(u64);
@@ -137,6 +147,15 @@ impl Uring {
                 .rw_flags(if durable { libc::RWF_DSYNC } else { 0 })
                 .build()
         });
+    }
+
+    /// Changes how `length` bytes from `offset` of a file are stored. Its size stays.
+    pub fn fallocate(&mut self, fd: RawFd, how: Fallocate, offset: u64, length: u64, token: u64) {
+        let entry = opcode::Fallocate::new(Fd(fd), length)
+            .offset(offset)
+            .mode(how as i32)
+            .build();
+        self.push(token, Vec::new(), |_| entry);
     }
 
     /// Makes everything written to a file before durable.

@@ -10,14 +10,9 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use virtio_bindings::{
-    virtio_blk::{
-        VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
-        VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-        VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    },
-    virtio_config::VIRTIO_F_VERSION_1,
-    virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use xxhash_rust::xxh3::Xxh3;
@@ -27,14 +22,14 @@ use super::{
     ring::{Ring, Segment, copy_from_guest, copy_to_guest, skip_bytes, total_bytes},
 };
 
+mod geometry;
+
+pub use geometry::{CONFIG_WRITEBACK_OFFSET, FEATURE_CONFIG_WCE, FEATURE_FLUSH, Geometry, QUEUES_MAX};
+
 /// Bytes of a sector, as the specification counts them.
 pub const SECTOR_BYTES: u64 = 512;
-/// Segments of one request.
-const SEGMENTS_MAX: u32 = 64;
-/// Bytes of one segment.
-const SEGMENT_BYTES_MAX: u32 = 4096;
-/// Most data of one request; the two limits above are what the driver is told.
-pub const REQUEST_BYTES_MAX: usize = (SEGMENTS_MAX * SEGMENT_BYTES_MAX) as usize;
+/// Most data of one request.
+pub const REQUEST_BYTES_MAX: usize = (geometry::SEGMENTS_MAX * geometry::SEGMENT_BYTES_MAX) as usize;
 /// Bytes of a completion before its data.
 pub const COMPLETION_HEADER_BYTES: usize = 16;
 /// Bytes of the identity string.
@@ -47,8 +42,10 @@ pub const STATUS_IO_ERROR: u8 = VIRTIO_BLK_S_IOERR as u8;
 pub const STATUS_UNSUPPORTED: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
 const REQUEST_HEADER_BYTES: usize = 16;
-const CONFIG_BYTES: usize = 60;
-const QUEUES: u16 = 1;
+/// `struct virtio_blk_discard_write_zeroes`: sector, sectors, flags.
+const EXTENT_BYTES: usize = 16;
+/// The one flag of an extent: zeroes may be made by unmapping.
+const EXTENT_UNMAP: u32 = 1;
 
 const _: () = assert!(REQUEST_BYTES_MAX + COMPLETION_HEADER_BYTES <= ft_protocol::limits::PAYLOAD_BYTES_MAX);
 
@@ -61,6 +58,13 @@ pub enum Kind {
     Write,
     /// What was written before must last.
     Flush,
+    /// The content of sectors is of no more use.
+    Discard,
+    /// Sectors become zero; `unmap`: their space may be given back.
+    WriteZeroes {
+        /// The driver allows a hole.
+        unmap: bool,
+    },
     /// The identity string.
     GetId,
     /// Anything that cannot be performed: complete it with this status.
@@ -74,9 +78,11 @@ pub struct Request {
     pub id: u64,
     /// What is asked.
     pub kind: Kind,
-    /// First sector of a read or write.
+    /// Queue it came by.
+    pub queue: u16,
+    /// First sector it is about.
     pub sector: u64,
-    /// Data bytes to the guest (read, identity) or from it (write).
+    /// Bytes it is about: data to the guest (read, identity) or from it (write), or of the disk (discard, zeroes).
     pub length: u32,
     /// Bounce buffer of a write; empty otherwise.
     pub data: Vec<u8>,
@@ -92,13 +98,12 @@ struct Outstanding {
     data: Vec<Segment>,
 }
 
-/// The guest side of a block device with one queue.
+/// The guest side of a block device.
 #[derive(Debug)]
 pub struct BlkGuestSide {
-    capacity_sectors: u64,
-    read_only: bool,
+    geometry: Geometry,
     memory: Option<Arc<GuestMemoryMmap>>,
-    rings: [Ring; QUEUES as usize],
+    rings: Vec<Ring>,
     /// Requests from `first_id` on; `None`: delivered or forgotten.
     outstanding: VecDeque<Option<Outstanding>>,
     first_id: u64,
@@ -111,14 +116,13 @@ pub struct BlkGuestSide {
 }
 
 impl BlkGuestSide {
-    /// A disk of `capacity_sectors` sectors of 512 bytes.
+    /// A disk of this geometry.
     #[must_use]
-    pub fn new(capacity_sectors: u64, read_only: bool) -> Self {
+    pub fn new(geometry: Geometry) -> Self {
         Self {
-            capacity_sectors,
-            read_only,
+            geometry,
             memory: None,
-            rings: std::array::from_fn(|index| Ring::new(index as u16)),
+            rings: (0..geometry.queues).map(Ring::new).collect(),
             outstanding: VecDeque::new(),
             first_id: 0,
             forgotten_below: 0,
@@ -127,6 +131,11 @@ impl BlkGuestSide {
             spare_segments: Vec::new(),
             spare_data: Vec::new(),
         }
+    }
+
+    /// The disk became larger or smaller: requests that come from now on are judged by it.
+    pub fn resize(&mut self, capacity_sectors: u64) {
+        self.geometry.capacity_sectors = capacity_sectors;
     }
 
     /// Moves the requests of the kicks so far to `into`, in the order of their numbers.
@@ -199,7 +208,7 @@ impl BlkGuestSide {
             spare.clear();
         }
         let kind = u32::from_le_bytes(header[..4].try_into().expect("4 bytes"));
-        let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
+        let mut sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
         digest.update(&header);
 
         let mut data = self.spare_segments.pop().unwrap_or_default();
@@ -208,10 +217,25 @@ impl BlkGuestSide {
             readable_bytes.saturating_sub(REQUEST_HEADER_BYTES as u64),
             total_bytes(&segments[split..]),
         );
-        let kind = if whole {
-            self.judge(kind, sector, out_bytes, in_bytes)
-        } else {
-            Kind::Refused(STATUS_IO_ERROR)
+        let mut extent_bytes = 0;
+        let kind = match kind {
+            _ if !whole => Kind::Refused(STATUS_IO_ERROR),
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if out_bytes == EXTENT_BYTES as u64 => {
+                segments.truncate(split);
+                skip_bytes(segments, REQUEST_HEADER_BYTES as u64);
+                copy_from_guest(memory, segments, EXTENT_BYTES, &mut spare)?;
+                digest.update(&spare);
+                let judged = self.judge_extent(kind, &spare);
+                spare.clear();
+                match judged {
+                    Ok((kind, start, bytes)) => {
+                        (sector, extent_bytes) = (start, bytes);
+                        kind
+                    }
+                    Err(status) => Kind::Refused(status),
+                }
+            }
+            _ => self.judge(kind, sector, out_bytes, in_bytes),
         };
         let segments = &mut self.segments;
         let length = match kind {
@@ -226,6 +250,7 @@ impl BlkGuestSide {
                 digest.update(&spare);
                 out_bytes
             }
+            Kind::Discard | Kind::WriteZeroes { .. } => extent_bytes,
             Kind::Flush | Kind::Refused(_) => 0,
         } as u32;
         digest.update(&length.to_le_bytes());
@@ -239,11 +264,42 @@ impl BlkGuestSide {
         self.requests.push(Request {
             id,
             kind,
+            queue,
             sector,
             length,
             data: spare,
         });
         Ok(())
+    }
+
+    /// What a discard or write-zeroes with this extent is: kind, first sector, bytes; or the status it fails with.
+    fn judge_extent(&self, kind: u32, extent: &[u8]) -> Result<(Kind, u64, u64), u8> {
+        let (Some(sector), Some(tail)) = (extent.first_chunk(), extent.last_chunk::<8>()) else {
+            return Err(STATUS_IO_ERROR);
+        };
+        let sector = u64::from_le_bytes(*sector);
+        let [count, flags] = [&tail[..4], &tail[4..]].map(|word| u32::from_le_bytes(word.try_into().expect("4 bytes")));
+        let geometry = &self.geometry;
+        let (kind, allowed_flags, offered) = match kind {
+            VIRTIO_BLK_T_DISCARD => (Kind::Discard, 0, geometry.discards()),
+            _ => {
+                let unmap = flags & EXTENT_UNMAP != 0;
+                (Kind::WriteZeroes { unmap }, EXTENT_UNMAP, geometry.discards())
+            }
+        };
+        // Unknown flags, and those of another command, must be refused as unsupported (VIRTIO 1.2 §5.2.6.2).
+        if !offered || flags & !allowed_flags != 0 {
+            return Err(STATUS_UNSUPPORTED);
+        }
+        let within = count != 0
+            && count <= geometry::EXTENT_SECTORS_MAX
+            && sector
+                .checked_add(count.into())
+                .is_some_and(|end| end <= geometry.capacity_sectors);
+        if !within {
+            return Err(STATUS_IO_ERROR);
+        }
+        Ok((kind, sector, u64::from(count) * SECTOR_BYTES))
     }
 
     /// What a request with this header and this much room is.
@@ -255,11 +311,11 @@ impl BlkGuestSide {
                 && bytes <= REQUEST_BYTES_MAX as u64
                 && sector
                     .checked_add(bytes / SECTOR_BYTES)
-                    .is_some_and(|end| end <= self.capacity_sectors)
+                    .is_some_and(|end| end <= self.geometry.capacity_sectors)
         };
         match kind {
             VIRTIO_BLK_T_IN if fits(in_bytes) => Kind::Read,
-            VIRTIO_BLK_T_OUT if fits(out_bytes) && !self.read_only => Kind::Write,
+            VIRTIO_BLK_T_OUT if fits(out_bytes) && !self.geometry.read_only => Kind::Write,
             VIRTIO_BLK_T_FLUSH => Kind::Flush,
             VIRTIO_BLK_T_GET_ID if (1..=ID_BYTES as u64).contains(&in_bytes) => Kind::GetId,
             VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_GET_ID => refused,
@@ -267,14 +323,22 @@ impl BlkGuestSide {
         }
     }
 
-    /// Completes one request, and forgets it.
-    fn complete(&mut self, memory: &GuestMemoryMmap, id: u64, status: u8, data: &[u8]) -> Result<(), RingError> {
+    /// Completes one request of `queue`, and forgets it.
+    fn complete(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        queue: u16,
+        id: u64,
+        status: u8,
+        data: &[u8],
+    ) -> Result<(), RingError> {
         if !self.is_outstanding(id) {
             let forgotten = id < self.forgotten_below;
             return forgotten.then_some(()).ok_or(RingError::UnknownRequest(id));
         }
         let slot = &mut self.outstanding[(id - self.first_id) as usize];
-        let mut request = slot.take().expect("it is outstanding");
+        let of_queue = slot.take_if(|request| request.queue == queue);
+        let mut request = of_queue.ok_or(RingError::UnknownRequest(id))?;
         let written = copy_to_guest(memory, &request.data, data)?;
         memory
             .write_obj(status, GuestAddress(request.status_address))
@@ -350,30 +414,15 @@ fn split_completion(bytes: &[u8]) -> Option<(Completion<'_>, &[u8])> {
 
 impl GuestSide for BlkGuestSide {
     fn queue_count(&self) -> u16 {
-        QUEUES
+        self.geometry.queues
     }
 
     fn features(&self) -> u64 {
-        let common = [
-            VIRTIO_F_VERSION_1,
-            VIRTIO_RING_F_EVENT_IDX,
-            VIRTIO_RING_F_INDIRECT_DESC,
-            VIRTIO_BLK_F_FLUSH,
-            VIRTIO_BLK_F_BLK_SIZE,
-            VIRTIO_BLK_F_SEG_MAX,
-            VIRTIO_BLK_F_SIZE_MAX,
-        ];
-        let read_only = self.read_only.then_some(VIRTIO_BLK_F_RO);
-        common.into_iter().chain(read_only).fold(0, |bits, bit| bits | 1 << bit)
+        self.geometry.features()
     }
 
     fn config(&self) -> Vec<u8> {
-        let mut config = vec![0; CONFIG_BYTES];
-        config[..8].copy_from_slice(&self.capacity_sectors.to_le_bytes());
-        config[8..12].copy_from_slice(&SEGMENT_BYTES_MAX.to_le_bytes());
-        config[12..16].copy_from_slice(&SEGMENTS_MAX.to_le_bytes());
-        config[20..24].copy_from_slice(&(SECTOR_BYTES as u32).to_le_bytes());
-        config
+        self.geometry.config()
     }
 
     fn set_memory(&mut self, memory: GuestMemoryMmap) {
@@ -430,16 +479,17 @@ impl GuestSide for BlkGuestSide {
         })
     }
 
-    fn deliver(&mut self, sequence: u64, _queue: u16, payload: &[u8]) -> Result<Outcome, RingError> {
+    fn deliver(&mut self, sequence: u64, queue: u16, payload: &[u8]) -> Result<Outcome, RingError> {
         let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
         for completion in completions(payload) {
             let Completion { id, status, data } = completion?;
-            self.complete(&memory, id, status, data)?;
+            self.complete(&memory, queue, id, status, data)?;
         }
-        let mut interrupt = false;
-        for ring in self.rings.iter_mut().filter(|ring| ring.is_configured()) {
-            interrupt |= ring.take_interrupt(&memory)?;
-        }
+        let ring = self
+            .rings
+            .get_mut(usize::from(queue))
+            .ok_or(RingError::NoQueue(queue))?;
+        let interrupt = ring.is_configured() && ring.take_interrupt(&memory)?;
         Ok(Outcome {
             interrupt,
             digest: super::fold(sequence, xxhash_rust::xxh3::xxh3_64(payload)),

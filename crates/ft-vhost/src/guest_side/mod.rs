@@ -8,9 +8,9 @@
 //! equal. The daemons drive it through the gate; an offline replay links it and calls it directly:
 //!
 //! ```
-//! use ft_vhost::guest_side::{GuestSide, blk::BlkGuestSide, net::NetGuestSide};
+//! use ft_vhost::guest_side::{GuestSide, blk::{BlkGuestSide, Geometry}, net::NetGuestSide};
 //!
-//! let mut blk = BlkGuestSide::new(2048 /* sectors */, false /* read-only */);
+//! let mut blk = BlkGuestSide::new(Geometry::plain(2048 /* sectors */, false /* read-only */));
 //! let mut net = NetGuestSide::new([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 //! for device in [&mut blk as &mut dyn GuestSide, &mut net] {
 //!     let (_offered, _config_space) = (device.features(), device.config());

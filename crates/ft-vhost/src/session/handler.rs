@@ -306,8 +306,14 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(config)
     }
 
-    fn set_config(&mut self, _offset: u32, _buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        Err(Error::InvalidOperation("the configuration space is read-only"))
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        self.call(Command::Config {
+            offset,
+            bytes: bytes.to_vec(),
+        })?;
+        // The device took it, so it is within its space.
+        self.description.config[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        Ok(())
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {

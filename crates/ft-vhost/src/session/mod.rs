@@ -36,6 +36,13 @@ pub enum Command {
     Memory(GuestMemoryMmap),
     /// Virtio features the driver took.
     Features(u64),
+    /// The driver writes to the configuration space.
+    Config {
+        /// Where.
+        offset: u32,
+        /// What.
+        bytes: Vec<u8>,
+    },
     /// A queue starts.
     Start {
         /// Its index.

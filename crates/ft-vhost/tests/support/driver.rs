@@ -10,12 +10,14 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// Guest memory: 16 MiB at 0, shareable.
+/// Bytes of guest memory.
+pub const MEMORY_BYTES: u64 = 32 << 20;
+
+/// Guest memory from 0 on, shareable.
 pub fn memory() -> GuestMemoryMmap {
-    let bytes = 16 << 20;
     let file = File::from(memfd_create("test-guest", MFdFlags::MFD_CLOEXEC).unwrap());
-    file.set_len(bytes).unwrap();
-    GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), bytes as usize, Some(FileOffset::new(file, 0)))])
+    file.set_len(MEMORY_BYTES).unwrap();
+    GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), MEMORY_BYTES as usize, Some(FileOffset::new(file, 0)))])
         .unwrap()
 }
 
@@ -215,10 +217,11 @@ pub fn blk_header(kind: u32, sector: u64) -> [u8; 16] {
     header
 }
 
-/// A driver of a block device: requests of at most 64 KiB, each in its own 128 KiB of memory from 1 MiB on.
+/// A driver of a block device's queue: requests of at most 64 KiB, each in its own 128 KiB of the queue's 8 MiB.
 #[derive(Debug)]
 pub struct BlkDriver {
     pub ring: Driver,
+    slots: u64,
 }
 
 /// A request that was made available.
@@ -231,13 +234,19 @@ pub struct BlkRequest {
 
 impl BlkDriver {
     pub fn new(memory: &GuestMemoryMmap, event_idx: bool) -> Self {
+        Self::of_queue(memory, event_idx, 0)
+    }
+
+    /// The driver of one of the first three queues.
+    pub fn of_queue(memory: &GuestMemoryMmap, event_idx: bool, queue: u64) -> Self {
         Self {
-            ring: Driver::new(memory, 0x1_0000, 64, event_idx),
+            ring: Driver::new(memory, 0x1_0000 * (queue + 1), 64, event_idx),
+            slots: (1 << 20) + queue * (8 << 20),
         }
     }
 
     fn slot(&self) -> u64 {
-        (1 << 20) + (u64::from(self.ring.available) % 64) * (128 << 10)
+        self.slots + (u64::from(self.ring.available) % 64) * (128 << 10)
     }
 
     pub fn write(&mut self, sector: u64, data: &[u8]) -> BlkRequest {
@@ -280,6 +289,19 @@ impl BlkDriver {
         buffers.push(writable(at + 16, 1));
         let head = self.ring.add(&buffers);
         BlkRequest { head, at, length }
+    }
+
+    /// A discard (11) or write-zeroes (13) of one extent.
+    pub fn extent(&mut self, kind: u32, sector: u64, sectors: u32, flags: u32) -> BlkRequest {
+        let at = self.slot();
+        self.ring.write(at, &blk_header(kind, 0));
+        self.ring.write(at + 16, &[0xff]);
+        self.ring.write(at + 0x1000, &sector.to_le_bytes());
+        self.ring.write(at + 0x1008, &sectors.to_le_bytes());
+        self.ring.write(at + 0x100c, &flags.to_le_bytes());
+        let buffers = [readable(at, 16), readable(at + 0x1000, 16), writable(at + 16, 1)];
+        let head = self.ring.add(&buffers);
+        BlkRequest { head, at, length: 0 }
     }
 
     pub fn flush(&mut self) -> BlkRequest {

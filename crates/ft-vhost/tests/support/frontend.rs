@@ -113,6 +113,10 @@ impl Session {
         call.read().unwrap();
     }
 
+    pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), vhost::Error> {
+        self.frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
+    }
+
     pub fn config(&mut self, length: u32) -> Vec<u8> {
         let buffer = vec![0; length as usize];
         let (_, config) = self
@@ -125,8 +129,13 @@ impl Session {
 
 /// Kicks if the device asked for it and waits until all of `requests` are used.
 pub fn complete(session: &Session, driver: &mut BlkDriver, requests: &[BlkRequest]) {
+    complete_on(session, 0, driver, requests);
+}
+
+/// The same on any queue.
+pub fn complete_on(session: &Session, queue: usize, driver: &mut BlkDriver, requests: &[BlkRequest]) {
     if driver.ring.wants_kick() {
-        session.kick(0);
+        session.kick(queue);
     }
     let mut left: Vec<u16> = requests.iter().map(|request| request.head).collect();
     loop {
@@ -136,7 +145,7 @@ pub fn complete(session: &Session, driver: &mut BlkDriver, requests: &[BlkReques
         if left.is_empty() {
             return;
         }
-        session.wait_call(0);
+        session.wait_call(queue);
     }
 }
 
