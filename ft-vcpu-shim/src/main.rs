@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ft_vcpu_shim::command::{replay, run};
+use ft_vcpu_shim::command::{bisect, replay, run};
 use tracing_subscriber::EnvFilter;
 
 /// Runs a virtual machine in lockstep, or replays the journal of one.
@@ -20,6 +20,8 @@ enum Command {
     Run(run::RunArgs),
     /// Execute a finished journal again, offline, and print the digests at its end.
     Replay(replay::ReplayArgs),
+    /// Find the first stop at which two journals, or a journal and its replay, differ: exit status 0 the same, 1 different.
+    Bisect(bisect::BisectArgs),
 }
 
 /// SIGTERM ends this replica in order: nothing here needs flushing, and ft-log sees the socket close.
@@ -42,11 +44,12 @@ fn main() -> ExitCode {
         return ExitCode::from(3);
     }
     let result = match Cli::parse().command {
-        Command::Run(args) => run::run(&args),
-        Command::Replay(args) => replay::replay(&args),
+        Command::Run(args) => run::run(&args).map(|()| 0),
+        Command::Replay(args) => replay::replay(&args).map(|()| 0),
+        Command::Bisect(args) => bisect::bisect(&args).map(bisect::Verdict::exit_code),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("ft-vcpu-shim: {error}");
             ExitCode::from(error.exit_code())

@@ -1,5 +1,6 @@
 //! The subcommands.
 
+pub mod bisect;
 pub mod machine;
 pub mod replay;
 pub mod run;

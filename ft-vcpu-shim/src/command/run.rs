@@ -21,13 +21,15 @@ use serde_json::json;
 
 use super::machine::MachineArgs;
 use crate::{
+    debug::report::{self, Report},
     device::{
         Port,
         gated::{GatedPort, Kind},
     },
     error::Error,
     lockstep::{
-        execution::{End, Execution},
+        divergence::Divergence,
+        execution::{End, Execution, Step},
         record::Recorder,
         replay::Replayer,
         source::Online,
@@ -58,6 +60,9 @@ pub struct RunArgs {
     /// File for events, one JSON object a line.
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
+    /// Directory for the report of a divergence, and for the last stops of a side that loses its backup; the journal's, for example.
+    #[arg(long, value_name = "DIR")]
+    reports: Option<PathBuf>,
 }
 
 fn open_console(path: Option<&Path>) -> Result<File, Error> {
@@ -133,8 +138,13 @@ pub fn run(args: &RunArgs) -> Result<(), Error> {
             }
         },
     );
+    let reports = Reports::new(args, Arc::clone(&region));
     let result = machine.power_on(ports, timeline, on_live).and_then(|mut execution| {
-        let end = execution.run()?;
+        let end = run_to_end(&mut execution, &reports);
+        if let Err(Error::Diverged(divergence)) = &end {
+            events.emit("diverged", reports.diverged(divergence, &execution));
+        }
+        let end = end?;
         report_end(&execution, end);
         Ok(end)
     });
@@ -144,14 +154,86 @@ pub fn run(args: &RunArgs) -> Result<(), Error> {
             Ok(())
         }
         Err(error) => {
-            if let Error::Diverged(divergence) = &error {
-                events.emit("diverged", json!({"entry": divergence.entry.0, "exits": divergence.recorded.position.exits, "what": divergence.what}));
-            }
             // An operator reads one cause: where ft-log ended the replica, its log has it.
             if !matches!(error, Error::Ended(_)) {
                 report_failure(&mut stream, &error.to_string());
             }
             Err(error)
+        }
+    }
+}
+
+/// Runs to the end, and notes it when this side loses its backup.
+fn run_to_end(execution: &mut Execution, reports: &Reports) -> Result<End, Error> {
+    execution.start()?;
+    let mut protected = false;
+    loop {
+        if let Step::End(end) = execution.step()? {
+            return Ok(end);
+        }
+        let role = reports.region.role();
+        if protected && role == Role::Live {
+            reports.unprotected(execution);
+        }
+        protected = role == Role::Recording || (protected && role == Role::Arbitrating);
+    }
+}
+
+/// What this side leaves behind for whoever has to explain an end.
+struct Reports {
+    directory: Option<PathBuf>,
+    vm: String,
+    region: Arc<Region>,
+}
+
+impl Reports {
+    fn new(args: &RunArgs, region: Arc<Region>) -> Self {
+        Self {
+            directory: args.reports.clone(),
+            vm: args.vm.clone(),
+            region,
+        }
+    }
+
+    fn file(&self, generation: u32, kind: &str) -> Option<PathBuf> {
+        let directory = self.directory.as_deref()?;
+        Some(report::file(directory, &self.vm, generation, kind))
+    }
+
+    /// Writes down the divergence, and gives what its event says.
+    fn diverged(&self, divergence: &Divergence, execution: &Execution) -> serde_json::Value {
+        let report = Report::new(divergence, execution);
+        let (text, mut event) = (report.text(), report.json());
+        tracing::error!("{text}");
+        let generation = self.region.generation().0;
+        for (kind, content) in [("diverged.txt", text), ("diverged.json", format!("{event}\n"))] {
+            let Some(path) = self.file(generation, kind) else {
+                break;
+            };
+            match std::fs::write(&path, content) {
+                Ok(()) => event["report"] = json!(path.display().to_string()),
+                Err(error) => tracing::warn!("cannot write {}: {error}", path.display()),
+            }
+        }
+        event
+    }
+
+    /// The backup is gone; if it diverged, the stops of this side tell where. Written beside the guest, which goes on.
+    fn unprotected(&self, execution: &Execution) {
+        // The generation in which there was a backup is the one before this side's arbitration.
+        let generation = self.region.generation().0.saturating_sub(1);
+        let Some(path) = self.file(generation, "stops.jsonl") else {
+            return;
+        };
+        let history = execution.history().clone();
+        let started = std::thread::Builder::new().name("stops".into()).spawn(move || {
+            match report::write_stops(&history, &path) {
+                Ok(()) => tracing::info!("the backup is gone; the last stops with it are in {}", path.display()),
+                Err(error) => tracing::warn!("cannot write {}: {error}", path.display()),
+            }
+        });
+        if let Err(error) = started {
+            tracing::warn!("cannot start the thread that writes the last stops: {error}");
         }
     }
 }

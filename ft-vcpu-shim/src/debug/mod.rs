@@ -8,9 +8,11 @@
 //! ```
 //! Nothing here changes what the guest computes.
 
+pub mod bisect;
 pub mod disassembly;
 pub mod dump;
 pub mod paging;
 pub mod registers;
+pub mod report;
 pub mod target;
 pub mod trace;

@@ -30,8 +30,20 @@ pub fn open(directory: &Path) -> Result<JournalReader, Error> {
         .map_err(|error| Error::Journal(format!("cannot open the journal: {error}. Check the directory")))
 }
 
-struct JournalSource {
+/// Entries of a finished journal.
+#[derive(Debug)]
+pub struct JournalSource {
     reader: JournalReader,
+}
+
+/// The entries of the only journal in `directory`.
+///
+/// # Errors
+/// See [`open`].
+pub fn source(directory: &Path) -> Result<JournalSource, Error> {
+    Ok(JournalSource {
+        reader: open(directory)?,
+    })
 }
 
 impl Source for JournalSource {
@@ -83,9 +95,7 @@ impl Recording {
         for description in self.devices()? {
             ports.push(Box::new(OfflinePort::new(description, Arc::clone(&machine.ram))?));
         }
-        let source = JournalSource {
-            reader: open(&self.journal)?,
-        };
+        let source = source(&self.journal)?;
         let mut execution = machine.power_on(ports, Box::new(Replayer::new(source, None)), Box::new(|_, _| {}))?;
         execution.start()?;
         Ok(execution)
@@ -94,9 +104,7 @@ impl Recording {
     /// The devices of the recorded machine.
     fn devices(&self) -> Result<Vec<describe::Description>, Error> {
         let mut frame = Vec::new();
-        let mut source = JournalSource {
-            reader: open(&self.journal)?,
-        };
+        let mut source = source(&self.journal)?;
         if source.next(&mut frame)?.is_some() {
             return Err(Error::Journal(format!(
                 "the journal in {} has no entry",
