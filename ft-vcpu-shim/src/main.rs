@@ -32,7 +32,7 @@ extern "C" fn on_terminate(_signal: libc::c_int) {
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")))
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,gdbstub=warn")))
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();

@@ -8,8 +8,9 @@ use serde_json::json;
 use super::machine::MachineArgs;
 use crate::{
     debug::{
-        disassembly, dump,
+        disassembly, dump, gdb,
         registers::{self, memory_of},
+        session::{Halt, Session},
         target::{Reached, Target},
         trace::Trace,
     },
@@ -42,6 +43,9 @@ pub struct ReplayArgs {
     /// Writes one line a stop there; `-` is standard output.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// At the position, or at power-on without --to, waits for gdb there: unix:PATH or tcp:127.0.0.1:PORT.
+    #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["trace", "digests"])]
+    gdb: Option<gdb::Address>,
     /// The trace is JSON, one object a line, with all registers.
     #[arg(long, requires = "trace")]
     trace_json: bool,
@@ -56,6 +60,10 @@ pub fn replay(args: &ReplayArgs) -> Result<(), Error> {
         journal: args.journal.clone(),
         machine: args.machine.clone(),
     };
+    if let Some(address) = &args.gdb {
+        let session = gdb::serve(session_at(recording, args.to)?, address)?;
+        return report(args, session.execution(), session.end().unwrap_or("position"));
+    }
     let mut trace = match &args.trace {
         Some(path) => Some(Trace::open(path, args.trace_json)?),
         None => None,
@@ -67,6 +75,23 @@ pub fn replay(args: &ReplayArgs) -> Result<(), Error> {
         trace.finish()?;
     }
     report(args, &execution, ended?)
+}
+
+/// The recording at `to`, or at power-on, ready for a debugger.
+fn session_at(recording: Recording, to: Option<Target>) -> Result<Session, Error> {
+    let mut session = Session::new(recording)?;
+    if let Some(target) = to {
+        let halt = session.goto(target)?;
+        let here = session
+            .execution()
+            .history()
+            .last()
+            .map(|record| target.reached(record));
+        if halt != Halt::There || here != Some(Reached::Here) {
+            return Err(no_such_stop(target, session.execution()));
+        }
+    }
+    Ok(session)
 }
 
 /// Runs to the end, or to `to`; gives how the replay ended.

@@ -11,8 +11,11 @@
 pub mod bisect;
 pub mod disassembly;
 pub mod dump;
+pub mod gdb;
 pub mod paging;
 pub mod registers;
 pub mod report;
+pub mod session;
+pub mod support;
 pub mod target;
 pub mod trace;

@@ -227,9 +227,18 @@ impl Vcpu {
         })
     }
 
+    /// Puts the vCPU elsewhere: these registers, before it runs.
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn enter(&mut self, regs: &kvm_regs, sregs: &kvm_sregs) -> Result<(), Error> {
+        self.vcpu.set_sregs(sregs).map_err(kvm_failed("set system registers"))?;
+        self.vcpu.set_regs(regs).map_err(kvm_failed("set registers"))
+    }
+
     /// Makes the guest stand still, with [`Exit::Trap`], before the instructions at `breakpoints` (the first [`BREAKPOINTS_MAX`]) and,
     /// with `single_step`, after every instruction. Neither changes what the guest computes, where the KVM implements them: see
-    /// `debug::support`.
+    /// [`crate::debug::support`].
     ///
     /// # Errors
     /// What KVM refuses.

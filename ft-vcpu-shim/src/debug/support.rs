@@ -1,0 +1,150 @@
+//! Whether this host's KVM implements execution breakpoints and single-step, found out by trying.
+//!
+//! KVM_SET_GUEST_DEBUG is accepted where it does nothing, or worse: a KVM without hardware virtualization may let the trap flag
+//! through to the guest, which is then another execution. So a tiny guest in ring 3 (where such a KVM runs natively) is stepped and
+//! stopped before anybody relies on it.
+//!
+//! ```text
+//!   CODE:  nop   nop   nop   mov eax, [DEVICE]
+//!                 ▲ one step      ▲ a breakpoint; then the load, as an exit
+//! ```
+
+use std::sync::Arc;
+
+use kvm_bindings::{kvm_segment, kvm_sregs};
+use kvm_ioctls::Kvm;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::{
+    error::Error,
+    machine::{
+        boot,
+        memory::Ram,
+        vcpu::{Exit, Vcpu, guest_cpuid},
+    },
+};
+
+const PML4: u64 = 0x1000;
+const PDPT: u64 = 0x2000;
+const PAGE_DIRECTORY: u64 = 0x3000;
+const CODE: u64 = 0x1_0000;
+const DEVICE: u64 = 0x40_0000;
+const DEVICE_PHYSICAL: u64 = 0xd000_0000;
+const TABLE: u64 = 0x7;
+const LARGE_PAGE: u64 = 0x87;
+const ACCESSED_DIRTY: u64 = 0x60;
+const BREAKPOINT: u64 = CODE + 2;
+const INSTRUCTIONS: [u8; 10] = [0x90, 0x90, 0x90, 0x8b, 0x04, 0x25, 0x00, 0x00, 0x40, 0x00];
+
+/// What a debugger can have on this host. The reasons are for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Support {
+    /// Execution breakpoints; an error says what happened instead.
+    pub breakpoints: Result<(), String>,
+    /// Single-step.
+    pub single_step: Result<(), String>,
+}
+
+impl Support {
+    /// Tries both on `kvm`.
+    ///
+    /// # Errors
+    /// When not even the tiny guest can be made.
+    pub fn probe(kvm: &Kvm) -> Result<Self, Error> {
+        Ok(Self {
+            single_step: try_one(kvm, &[], true, CODE + 1)?,
+            breakpoints: try_one(kvm, &[BREAKPOINT], false, BREAKPOINT)?,
+        })
+    }
+}
+
+/// Runs the tiny guest; it must stand still at `expected`, and reach its load afterwards.
+fn try_one(kvm: &Kvm, breakpoints: &[u64], single_step: bool, expected: u64) -> Result<Result<(), String>, Error> {
+    let ram = Arc::new(Ram::new(4)?);
+    let mut vcpu = tiny_guest(kvm, &ram)?;
+    vcpu.debug(breakpoints, single_step)?;
+    let first = match run(&mut vcpu) {
+        Ok(exit) => exit,
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    let at = vcpu.registers().rip;
+    if first != Exit::Trap || at != expected {
+        return Ok(Err(format!(
+            "instead of standing still at {expected:#x} a guest in ring 3 came to {at:#x} with {first:?}"
+        )));
+    }
+    vcpu.debug(&[], false)?;
+    Ok(match run(&mut vcpu) {
+        Ok(Exit::MmioRead { address }) if address == DEVICE_PHYSICAL => Ok(()),
+        Ok(exit) => Err(format!("the guest did not go on afterwards: {exit:?}")),
+        Err(error) => Err(error.to_string()),
+    })
+}
+
+fn run(vcpu: &mut Vcpu) -> Result<Exit, Error> {
+    loop {
+        match vcpu.run()? {
+            Exit::Interrupted => {}
+            exit => return Ok(exit),
+        }
+    }
+}
+
+fn tiny_guest(kvm: &Kvm, ram: &Arc<Ram>) -> Result<Vcpu, Error> {
+    let words = [
+        (PML4, PDPT | TABLE | ACCESSED_DIRTY),
+        (PDPT, PAGE_DIRECTORY | TABLE | ACCESSED_DIRTY),
+        (PAGE_DIRECTORY, LARGE_PAGE | ACCESSED_DIRTY),
+        (
+            PAGE_DIRECTORY + 8 * (DEVICE >> 21),
+            DEVICE_PHYSICAL | LARGE_PAGE | ACCESSED_DIRTY,
+        ),
+    ];
+    for (at, word) in words {
+        ram.memory().write_obj(word, GuestAddress(at)).expect("inside RAM");
+    }
+    ram.memory()
+        .write_slice(&INSTRUCTIONS, GuestAddress(CODE))
+        .expect("inside RAM");
+    let mut vcpu = Vcpu::new(kvm, Arc::clone(ram), &guest_cpuid(kvm)?, CODE)?;
+    let state = vcpu.state()?;
+    vcpu.enter(&boot::entry_regs(CODE), &ring_3(state.sregs))?;
+    Ok(vcpu)
+}
+
+fn ring_3(sregs: kvm_sregs) -> kvm_sregs {
+    let mut sregs = boot::entry_sregs(sregs);
+    sregs.cr3 = PML4;
+    let user = |segment: kvm_segment, selector| kvm_segment {
+        selector,
+        dpl: 3,
+        ..segment
+    };
+    sregs.cs = user(sregs.cs, 0x13);
+    let data = user(sregs.ds, 0x1b);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::vcpu::open_kvm;
+
+    #[test]
+    fn the_probe_comes_to_a_verdict_and_the_tiny_guest_runs_without_a_debugger() {
+        let kvm = open_kvm().unwrap();
+        let ram = Arc::new(Ram::new(4).unwrap());
+        let mut vcpu = tiny_guest(&kvm, &ram).unwrap();
+        let address = DEVICE_PHYSICAL;
+        assert_eq!(run(&mut vcpu).unwrap(), Exit::MmioRead { address });
+        let support = Support::probe(&kvm).unwrap();
+        // A KVM that has neither must have given a reason that names what it did.
+        for reason in [support.breakpoints, support.single_step]
+            .into_iter()
+            .filter_map(Result::err)
+        {
+            assert!(reason.contains("guest"), "{reason}");
+        }
+    }
+}
