@@ -1,186 +1,20 @@
 //! A tiny guest on real KVM, recorded and replayed in this process: time, alarms and interrupts must come out equal.
 
-use std::{
-    arch::global_asm,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+mod tiny;
 
-use clap::Parser;
-use ft_client::{LogWriter, Region, ring};
-use ft_protocol::{Body, Generation, Lsn, Role, entry::Entry, held::Committed};
+use ft_protocol::{Body, Generation, Lsn, entry::Entry};
 use ft_vcpu_shim::{
     command::machine::MachineArgs,
     error::Error,
     lockstep::{
         digest::Digests,
         execution::End,
-        record::Recorder,
         replay::{Replayer, Successor},
         source::Source,
         timeline::Timeline,
     },
 };
-use vmm_sys_util::eventfd::EventFd;
-
-// 200 times: read the clock, set the alarm 50 us ahead, halt until its interrupt. Then print "ok" and power off.
-global_asm!(
-    r#"
-    .section .rodata.tiny_guest, "a"
-    .global tiny_guest_start
-    .global tiny_guest_end
-tiny_guest_start:
-    mov rsp, 0x7000
-    lea rax, [rip + 6f]
-    mov rdi, 0x20000 + 0x29 * 16
-    mov word ptr [rdi], ax
-    mov word ptr [rdi + 2], 0x10
-    mov word ptr [rdi + 4], 0x8e00
-    shr rax, 16
-    mov word ptr [rdi + 6], ax
-    mov qword ptr [rdi + 8], 0
-    lidt [rip + 7f]
-    mov al, 0x11
-    out 0x20, al
-    out 0xa0, al
-    mov al, 0x20
-    out 0x21, al
-    mov al, 0x28
-    out 0xa1, al
-    mov al, 4
-    out 0x21, al
-    mov al, 2
-    out 0xa1, al
-    mov al, 3
-    out 0x21, al
-    out 0xa1, al
-    xor eax, eax
-    out 0x21, al
-    out 0xa1, al
-    mov rbx, 0xd000f000
-    mov ecx, 200
-    xor r8, r8
-2:
-    mov rax, qword ptr [rbx]
-    add r8, rax
-    add rax, 50000
-    mov qword ptr [rbx + 8], rax
-    sti
-    hlt
-    cli
-    dec ecx
-    jnz 2b
-    mov dx, 0x3f8
-    mov al, 'o'
-    out dx, al
-    mov al, 'k'
-    out dx, al
-    mov al, 10
-    out dx, al
-    mov dx, 0x604
-    mov ax, 0x2000
-    out dx, ax
-5:  jmp 5b
-6:  add r9, r8
-    mov qword ptr [rbx + 8], 0
-    iretq
-7:  .word 0xfff
-    .quad 0x20000
-tiny_guest_end:
-    .text
-    "#
-);
-
-unsafe extern "C" {
-    static tiny_guest_start: u8;
-    static tiny_guest_end: u8;
-}
-
-/// The guest as an ELF file with one segment at 1 MiB.
-fn tiny_guest() -> Vec<u8> {
-    // SAFETY: both symbols are in this binary and frame the guest's bytes in one read-only section.
-    let code = unsafe {
-        let (start, end) = (&raw const tiny_guest_start, &raw const tiny_guest_end);
-        std::slice::from_raw_parts(start, end.offset_from(start) as usize)
-    };
-    let mut elf = Vec::from(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
-    elf.extend([2u16, 62].iter().flat_map(|half| half.to_le_bytes()));
-    elf.extend(1u32.to_le_bytes());
-    elf.extend([0x10_0000u64, 64, 0].iter().flat_map(|word| word.to_le_bytes()));
-    elf.extend(0u32.to_le_bytes());
-    elf.extend([64u16, 56, 1, 64, 0, 0].iter().flat_map(|half| half.to_le_bytes()));
-    elf.extend([1u32, 7].iter().flat_map(|word| word.to_le_bytes()));
-    let size = code.len() as u64;
-    elf.extend(
-        [120u64, 0x10_0000, 0x10_0000, size, size, 0x1000]
-            .iter()
-            .flat_map(|word| word.to_le_bytes()),
-    );
-    elf.extend(code);
-    elf
-}
-
-#[derive(Parser)]
-struct Flags {
-    #[command(flatten)]
-    machine: MachineArgs,
-}
-
-fn machine(directory: &tempfile::TempDir) -> MachineArgs {
-    let path = directory.path().join("guest.elf");
-    std::fs::write(&path, tiny_guest()).unwrap();
-    Flags::parse_from(["test", "--ram-mib", "4", "--kernel", path.to_str().unwrap()]).machine
-}
-
-/// Runs the guest recorded, against an ft-log that commits what it sees.
-fn record(args: &MachineArgs, console: &std::path::Path) -> (Digests, Vec<Vec<u8>>) {
-    let region = Arc::new(Region::create().unwrap());
-    region.publish(Role::Recording, Generation(1), Lsn(0));
-    let memory = ring::create("test-log").unwrap();
-    let mut consumer = ring::Consumer::new(memory.fd().try_clone_to_owned().unwrap()).unwrap();
-    let log = LogWriter::new(
-        ring::Producer::on(memory),
-        EventFd::new(0).unwrap(),
-        Arc::clone(&region),
-    );
-    let ended = Arc::new(AtomicBool::new(false));
-    let keeper = std::thread::spawn({
-        let (region, ended) = (Arc::clone(&region), Arc::clone(&ended));
-        move || {
-            let mut frames = Vec::new();
-            loop {
-                let done = ended.load(Ordering::Acquire);
-                let mut frame = Vec::new();
-                while consumer.pop(&mut frame).unwrap().is_some() {
-                    let entry = Entry::decode(&frame).unwrap();
-                    let off = matches!(entry.body, Body::PowerOff { .. });
-                    region.commit(Committed::through(entry.lsn)).for_each(drop);
-                    frames.push(std::mem::take(&mut frame));
-                    if off {
-                        region.publish(Role::Off, Generation(1), Lsn(0));
-                    }
-                }
-                if done {
-                    return frames;
-                }
-                std::thread::yield_now();
-            }
-        }
-    });
-    let console = std::fs::File::create(console).unwrap();
-    let recorder = Recorder::new(log, region, console, Vec::new(), 0);
-    let mut execution = args
-        .load()
-        .unwrap()
-        .power_on(Vec::new(), Box::new(recorder), Box::new(|_, _| {}))
-        .unwrap();
-    let end = execution.run();
-    ended.store(true, Ordering::Release);
-    assert_eq!(end.unwrap(), End::PowerOff);
-    (execution.digests(), keeper.join().unwrap())
-}
+use tiny::{machine, record};
 
 struct Frames(std::vec::IntoIter<Vec<u8>>);
 

@@ -11,6 +11,7 @@ use crate::{
         disassembly, dump, gdb,
         registers::{self, memory_of},
         session::{Halt, Session},
+        support,
         target::{Reached, Target},
         trace::Trace,
     },
@@ -19,6 +20,7 @@ use crate::{
         execution::{End, Execution, Step},
         journal::{Recording, with_position},
     },
+    machine::vcpu::open_kvm,
 };
 
 /// Flags of `replay`.
@@ -79,7 +81,7 @@ pub fn replay(args: &ReplayArgs) -> Result<(), Error> {
 
 /// The recording at `to`, or at power-on, ready for a debugger.
 fn session_at(recording: Recording, to: Option<Target>) -> Result<Session, Error> {
-    let mut session = Session::new(recording)?;
+    let mut session = Session::new(recording, support::probe(&open_kvm()?)?)?;
     if let Some(target) = to {
         let halt = session.goto(target)?;
         let here = session

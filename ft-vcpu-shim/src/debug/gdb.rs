@@ -77,15 +77,10 @@ impl FromStr for Address {
 pub fn serve(session: Session, address: &Address) -> Result<Session, Error> {
     let failed =
         |source: std::io::Error| Error::environment(format!("cannot serve gdb at {address:?}: {source}. Check --gdb"));
-    for (what, support) in [
-        ("breakpoints", &session.support().breakpoints),
-        ("single-step", &session.support().single_step),
-    ] {
-        if let Err(reason) = support {
-            tracing::warn!(
-                "this host's KVM has no {what}: {reason}. `stepi` and `reverse-stepi` move from stop to stop"
-            );
-        }
+    if let Err(reason) = session.support() {
+        tracing::warn!(
+            "this host's KVM has no breakpoints: {reason}. `stepi` and `reverse-stepi` move from stop to stop"
+        );
     }
     match address {
         Address::Unix(path) => {
@@ -210,15 +205,9 @@ impl Stub {
                 return Ok(());
             }
             (Some("support"), None, None) => {
-                let support = self.session.support();
-                for (what, support) in [
-                    ("breakpoints", &support.breakpoints),
-                    ("single-step", &support.single_step),
-                ] {
-                    match support {
-                        Ok(()) => outputln!(out, "{what}: yes"),
-                        Err(reason) => outputln!(out, "{what}: no, {reason}"),
-                    }
+                match self.session.support() {
+                    Ok(()) => outputln!(out, "breakpoints and single steps: yes"),
+                    Err(reason) => outputln!(out, "breakpoints and single steps: no, {reason}"),
                 }
                 return Ok(());
             }

@@ -16,6 +16,7 @@ pub mod paging;
 pub mod registers;
 pub mod report;
 pub mod session;
+pub mod successors;
 pub mod support;
 pub mod target;
 pub mod trace;

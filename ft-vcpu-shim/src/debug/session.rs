@@ -5,24 +5,26 @@
 //!                             ▲                 │
 //!                             └── reverse-step ─┘   a fresh replay that is told how far to go
 //! ```
-//! Between two stops a place is named by the exit count and all registers, and by how many single steps or breakpoints lead to it.
-//! Where the KVM implements neither ([`Support`]), the stops are all the places there are.
+//! Between two stops a place is named by the exit count and all registers, and by how many steps or breakpoints lead to it. Both
+//! take a KVM with breakpoints ([`super::support`]); elsewhere the stops are all the places there are.
 
 use ft_protocol::Position;
 use kvm_bindings::kvm_regs;
 
 use super::{
+    registers::memory_of,
     report::Report,
-    support::Support,
+    successors,
     target::{Reached, Target},
 };
 use crate::{
     error::Error,
     lockstep::{
         execution::{Execution, Step},
+        history::Event,
         journal::{Recording, with_position},
     },
-    machine::vcpu::{BREAKPOINTS_MAX, open_kvm},
+    machine::vcpu::BREAKPOINTS_MAX,
 };
 
 /// Why the guest stands still again.
@@ -52,19 +54,18 @@ struct Place {
 pub struct Session {
     recording: Recording,
     execution: Execution,
-    support: Support,
+    support: Result<(), String>,
     breakpoints: Vec<u64>,
     at_stop: bool,
     end: Option<String>,
 }
 
 impl Session {
-    /// The recording at power-on.
+    /// The recording at power-on. `support` says whether this host's KVM has breakpoints ([`super::support::probe`]).
     ///
     /// # Errors
     /// See [`Recording::power_on`].
-    pub fn new(recording: Recording) -> Result<Self, Error> {
-        let support = Support::probe(&open_kvm()?)?;
+    pub fn new(recording: Recording, support: Result<(), String>) -> Result<Self, Error> {
         let execution = recording.power_on()?;
         Ok(Self {
             recording,
@@ -82,9 +83,8 @@ impl Session {
         &self.execution
     }
 
-    /// What this host's KVM can do.
-    #[must_use]
-    pub fn support(&self) -> &Support {
+    /// Whether this host's KVM has breakpoints, and so single steps; otherwise why not.
+    pub fn support(&self) -> &Result<(), String> {
         &self.support
     }
 
@@ -92,6 +92,12 @@ impl Session {
     #[must_use]
     pub fn end(&self) -> Option<&str> {
         self.end.as_deref()
+    }
+
+    /// Whether the guest is at a stop, or at power-on; otherwise it is somewhere after the last one.
+    #[must_use]
+    pub fn is_at_stop(&self) -> bool {
+        self.at_stop
     }
 
     /// Where the guest is: the last stop, or a place after it.
@@ -105,7 +111,7 @@ impl Session {
     /// # Errors
     /// Why it cannot be had.
     pub fn add_breakpoint(&mut self, address: u64) -> Result<(), String> {
-        if let Err(reason) = &self.support.breakpoints {
+        if let Err(reason) = &self.support {
             return Err(format!(
                 "this host's KVM has no breakpoints: {reason}. Move with `monitor next-stop` and `monitor goto`"
             ));
@@ -139,14 +145,13 @@ impl Session {
         Ok(())
     }
 
-    /// One move, with or without the breakpoints and single-step. `None`: the execution ended, or had ended.
-    fn advance(&mut self, with_breakpoints: bool, single_step: bool) -> Result<Option<Step>, Error> {
+    /// One move, to the next stop or to one of `breakpoints`. `None`: the execution ended, or had ended.
+    fn advance(&mut self, breakpoints: &[u64]) -> Result<Option<Step>, Error> {
         if self.end.is_some() {
             return Ok(None);
         }
-        if self.support.breakpoints.is_ok() || self.support.single_step.is_ok() {
-            let breakpoints: &[u64] = if with_breakpoints { &self.breakpoints } else { &[] };
-            self.execution.vcpu_mut().debug(breakpoints, single_step)?;
+        if self.support.is_ok() {
+            self.execution.vcpu_mut().debug(breakpoints)?;
         }
         match self.execution.step() {
             Ok(Step::End(end)) => {
@@ -169,14 +174,44 @@ impl Session {
         Halt::End(self.end.clone().unwrap_or_default())
     }
 
+    /// One instruction on, or to the next stop if that comes first, or if it cannot be told where the instruction leads.
+    fn advance_instruction(&mut self) -> Result<Option<Step>, Error> {
+        let leads_to = if self.support.is_ok() {
+            self.leads_to()?
+        } else {
+            Vec::new()
+        };
+        self.advance(&leads_to)
+    }
+
+    fn leads_to(&self) -> Result<Vec<u64>, Error> {
+        let vcpu = self.execution.vcpu();
+        let state = vcpu.state()?;
+        let memory = memory_of(vcpu, &state);
+        // An interrupt that was let in at this stop enters before anything is executed.
+        let last = self.execution.history().last().filter(|_| self.at_stop);
+        let interrupt = last.and_then(|record| {
+            record.events().find_map(|event| match event {
+                Event::Interrupt { vector } => Some(vector),
+                _ => None,
+            })
+        });
+        let mut leads_to: Vec<u64> = match interrupt {
+            Some(vector) => successors::handler(&memory, &state, vector).into_iter().collect(),
+            None => successors::of(&memory, &state),
+        };
+        // A breakpoint here would keep an instruction that leads to itself from being executed at all: it runs until it leads away.
+        leads_to.retain(|address| *address != state.regs.rip);
+        Ok(leads_to)
+    }
+
     /// One instruction where the KVM can, otherwise to the next stop.
     ///
     /// # Errors
     /// A replay that cannot go on.
     pub fn step(&mut self) -> Result<Halt, Error> {
-        let single_step = self.support.single_step.is_ok();
         Ok(self
-            .advance(false, single_step)?
+            .advance_instruction()?
             .map_or_else(|| self.ended(), |_| Halt::There))
     }
 
@@ -185,9 +220,7 @@ impl Session {
     /// # Errors
     /// A replay that cannot go on.
     pub fn next_stop(&mut self) -> Result<Halt, Error> {
-        Ok(self
-            .advance(false, false)?
-            .map_or_else(|| self.ended(), |_| Halt::There))
+        Ok(self.advance(&[])?.map_or_else(|| self.ended(), |_| Halt::There))
     }
 
     /// On to a breakpoint or the end. `interrupted` is asked at every stop.
@@ -195,8 +228,9 @@ impl Session {
     /// # Errors
     /// A replay that cannot go on.
     pub fn resume(&mut self, mut interrupted: impl FnMut() -> bool) -> Result<Halt, Error> {
+        let breakpoints = self.breakpoints.clone();
         loop {
-            match self.advance(true, false)? {
+            match self.advance(&breakpoints)? {
                 None => return Ok(self.ended()),
                 Some(Step::Trap) => return Ok(Halt::Breakpoint),
                 Some(_) if interrupted() => return Ok(Halt::Interrupted),
@@ -229,7 +263,7 @@ impl Session {
     /// Anew, to the stop before which `exits` others were; power-on is 0.
     fn goto_exits(&mut self, exits: u64) -> Result<(), Error> {
         self.restart()?;
-        while self.position().exits < exits && self.advance(false, false)?.is_some() {}
+        while self.position().exits < exits && self.advance(&[])?.is_some() {}
         Ok(())
     }
 
@@ -243,14 +277,16 @@ impl Session {
             return Ok(Halt::Begin);
         };
         self.goto_exits(before)?;
-        if self.support.single_step.is_ok() {
+        if self.support.is_ok() {
             let mut steps = 0u64;
-            while !self.is_at(&here)? && self.advance(false, true)?.is_some() {
+            while !self.is_at(&here)? && self.advance_instruction()?.is_some() {
                 steps += 1;
             }
+            // Steps run through exceptions. A place inside one is not met, and the stop before it is as far back as can be told.
+            let met = self.place()? == here;
             self.goto_exits(before)?;
-            for _ in 1..steps {
-                self.advance(false, true)?;
+            for _ in 1..if met { steps } else { 0 } {
+                self.advance_instruction()?;
             }
         }
         Ok(if before == 0 && self.at_stop {
@@ -276,7 +312,7 @@ impl Session {
             return Ok(Halt::Begin);
         }
         let mut hits = 0u64;
-        while self.to_breakpoint(here.exits)? && !self.is_at(&here)? {
+        while self.run_to_breakpoint(here.exits)? && !self.is_at(&here)? {
             hits += 1;
         }
         self.restart()?;
@@ -284,23 +320,24 @@ impl Session {
             return Ok(Halt::Begin);
         }
         for _ in 0..hits {
-            self.to_breakpoint(here.exits)?;
+            self.run_to_breakpoint(here.exits)?;
         }
         Ok(Halt::Breakpoint)
     }
 
     /// On to the next breakpoint, over one that is here; `false` if none comes up to the stop after `exits` others.
-    fn to_breakpoint(&mut self, exits: u64) -> Result<bool, Error> {
+    fn run_to_breakpoint(&mut self, exits: u64) -> Result<bool, Error> {
         let rip = self.execution.vcpu().state()?.regs.rip;
         if !self.at_stop && self.breakpoints.contains(&rip) {
-            self.advance(false, true)?;
+            self.advance_instruction()?;
             let rip = self.execution.vcpu().state()?.regs.rip;
             if !self.at_stop && self.breakpoints.contains(&rip) {
                 return Ok(true);
             }
         }
+        let breakpoints = self.breakpoints.clone();
         while self.position().exits <= exits {
-            match self.advance(true, false)? {
+            match self.advance(&breakpoints)? {
                 Some(Step::Trap) => return Ok(true),
                 Some(_) => {}
                 None => return Ok(false),

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_MAX_CPUID_ENTRIES, kvm_fpu,
-    kvm_guest_debug, kvm_interrupt, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+    CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, KVM_MAX_CPUID_ENTRIES, kvm_fpu, kvm_guest_debug, kvm_interrupt,
+    kvm_regs, kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, SyncReg, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -236,13 +236,12 @@ impl Vcpu {
         self.vcpu.set_regs(regs).map_err(kvm_failed("set registers"))
     }
 
-    /// Makes the guest stand still, with [`Exit::Trap`], before the instructions at `breakpoints` (the first [`BREAKPOINTS_MAX`]) and,
-    /// with `single_step`, after every instruction. Neither changes what the guest computes, where the KVM implements them: see
-    /// [`crate::debug::support`].
+    /// Makes the guest stand still, with [`Exit::Trap`], before the instructions at `breakpoints`, the first [`BREAKPOINTS_MAX`]. That
+    /// does not change what the guest computes, where the KVM implements it: see [`crate::debug::support`].
     ///
     /// # Errors
     /// What KVM refuses.
-    pub fn debug(&mut self, breakpoints: &[u64], single_step: bool) -> Result<(), Error> {
+    pub fn debug(&mut self, breakpoints: &[u64]) -> Result<(), Error> {
         const DR7_RESERVED: u64 = 1 << 10;
         let mut debug = kvm_guest_debug::default();
         debug.arch.debugreg[7] = DR7_RESERVED;
@@ -252,12 +251,7 @@ impl Vcpu {
             // Global enable; condition and length 0 mean execution.
             debug.arch.debugreg[7] |= 2 << (2 * index);
         }
-        if single_step {
-            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
-        }
-        self.vcpu
-            .set_guest_debug(&debug)
-            .map_err(kvm_failed("set breakpoints or single-step"))
+        self.vcpu.set_guest_debug(&debug).map_err(kvm_failed("set breakpoints"))
     }
 
     /// Whether an interrupt can enter the guest here (IF=1, no shadow, none pending).
