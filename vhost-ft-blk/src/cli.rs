@@ -12,7 +12,7 @@ use ft_vhost::{
 
 use crate::{
     disk::{Disk, SERIAL},
-    image::Image,
+    image::{Image, LOCK_PATIENCE},
 };
 
 /// What `--print-capabilities` says of the options of QEMU's schema.
@@ -62,7 +62,7 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
     let options = conventions.options();
     let signals = Signals::take().map_err(End::environment)?;
     let block_bytes = arguments.block_size.parse().expect("clap lets two sizes through");
-    let image = Image::open(blk_file, arguments.read_only, block_bytes).map_err(End::environment)?;
+    let image = Image::open(blk_file, arguments.read_only, block_bytes, LOCK_PATIENCE).map_err(End::environment)?;
     let protected = conventions.membership().is_some();
     if protected && arguments.num_queues > 1 {
         return Err(End::environment(

@@ -8,6 +8,7 @@ use std::{
         unix::fs::FileExt,
     },
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use ft_vhost::guest_side::blk::SECTOR_BYTES;
@@ -26,6 +27,11 @@ const WHOLE_BYTES_MAX: u64 = 256 << 20;
 const SAMPLES: u64 = 1024;
 /// Bytes of a sample, and of each read.
 const SAMPLE_BYTES: u64 = 64 << 10;
+
+/// How long a daemon waits for the lock of the one before it.
+pub const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// How often it looks: fcntl(2) has no wait with a limit.
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// Why an image cannot be used.
 #[derive(Debug, Error)]
@@ -67,15 +73,18 @@ pub struct Image {
 impl Image {
     /// Opens and locks `path`: exclusively, or shared with other readers if `read_only`. Its size must be whole blocks.
     ///
+    /// A lock is waited for for as long as `patience`: the writes of a daemon that was killed hold it until they are through, and
+    /// none of ours may be overtaken by them.
+    ///
     /// # Errors
     /// [`ImageError`].
-    pub fn open(path: &Path, read_only: bool, block_bytes: u32) -> Result<Self, ImageError> {
+    pub fn open(path: &Path, read_only: bool, block_bytes: u32, patience: Duration) -> Result<Self, ImageError> {
         let open = |source| ImageError::Open {
             path: path.into(),
             source,
         };
         let mut file = File::options().read(true).write(!read_only).open(path).map_err(open)?;
-        lock(&file, read_only).map_err(|errno| match errno {
+        lock_patiently(&file, read_only, patience).map_err(|errno| match errno {
             Errno::EAGAIN | Errno::EACCES => ImageError::Locked(path.into()),
             errno => open(errno.into()),
         })?;
@@ -164,6 +173,16 @@ impl Image {
     }
 }
 
+fn lock_patiently(file: &File, shared: bool, patience: Duration) -> nix::Result<()> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match lock(file, shared) {
+            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < deadline => std::thread::sleep(LOCK_RETRY),
+            result => return result,
+        }
+    }
+}
+
 /// An open-file-description lock on the whole file: other processes, QEMU among them, see it.
 fn lock(file: &File, shared: bool) -> nix::Result<()> {
     let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
@@ -192,21 +211,21 @@ mod tests {
     #[test]
     fn a_second_writer_is_locked_out_and_readers_share() {
         let file = image(1024);
-        let first = Image::open(file.path(), false, 512).unwrap();
+        let first = Image::open(file.path(), false, 512, Duration::ZERO).unwrap();
         assert_eq!(first.sectors(), 2);
         assert!(matches!(
-            Image::open(file.path(), false, 512),
+            Image::open(file.path(), false, 512, Duration::ZERO),
             Err(ImageError::Locked(_))
         ));
         assert!(matches!(
-            Image::open(file.path(), true, 512),
+            Image::open(file.path(), true, 512, Duration::ZERO),
             Err(ImageError::Locked(_))
         ));
         drop(first);
-        let _reader = Image::open(file.path(), true, 512).unwrap();
-        let _other = Image::open(file.path(), true, 512).unwrap();
+        let _reader = Image::open(file.path(), true, 512, Duration::ZERO).unwrap();
+        let _other = Image::open(file.path(), true, 512, Duration::ZERO).unwrap();
         assert!(matches!(
-            Image::open(file.path(), false, 512),
+            Image::open(file.path(), false, 512, Duration::ZERO),
             Err(ImageError::Locked(_))
         ));
     }
@@ -214,12 +233,12 @@ mod tests {
     #[test]
     fn sizes_that_are_no_disk_are_refused() {
         for bytes in [0, 100, 511] {
-            let refused = Image::open(image(bytes).path(), false, 512);
+            let refused = Image::open(image(bytes).path(), false, 512, Duration::ZERO);
             assert!(matches!(refused, Err(ImageError::TooSmall(_))));
         }
-        let refused = Image::open(image(1000).path(), false, 512);
+        let refused = Image::open(image(1000).path(), false, 512, Duration::ZERO);
         assert!(matches!(refused, Err(ImageError::PartBlock { bytes: 1000, .. })));
-        let refused = Image::open(Path::new("/nonexistent/image"), false, 512);
+        let refused = Image::open(Path::new("/nonexistent/image"), false, 512, Duration::ZERO);
         assert!(matches!(refused, Err(ImageError::Open { .. })));
     }
 
@@ -229,7 +248,10 @@ mod tests {
             let mut file = image(0);
             file.write_all(content).unwrap();
             file.as_file().set_len(bytes).unwrap();
-            Image::open(file.path(), false, 512).unwrap().fingerprint().unwrap()
+            Image::open(file.path(), false, 512, Duration::ZERO)
+                .unwrap()
+                .fingerprint()
+                .unwrap()
         };
         let base = fingerprint(b"x", 100 << 10);
         assert_eq!(base, fingerprint(b"x", 100 << 10));
@@ -242,7 +264,10 @@ mod tests {
         let mut file = image(large);
         file.write_all(b"x").unwrap();
         file.as_file().write_all_at(b"z", large - 1).unwrap();
-        let end = Image::open(file.path(), false, 512).unwrap().fingerprint().unwrap();
+        let end = Image::open(file.path(), false, 512, Duration::ZERO)
+            .unwrap()
+            .fingerprint()
+            .unwrap();
         assert_ne!(base, end);
     }
 }

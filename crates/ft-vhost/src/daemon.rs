@@ -144,6 +144,7 @@ pub fn serve<D: Device>(
         features: guest.features(),
         config: guest.config(),
         queues: guest.queue_count(),
+        tracks_inflight: options.membership.is_none() && guest.tracks_inflight(),
     };
     let accepting = frontends.accepting().map_err(End::environment)?;
     std::thread::Builder::new()

@@ -157,6 +157,10 @@ impl<D: Device> Alone<D> {
                 self.device.set_features(features);
                 Ok(0)
             }
+            Command::Inflight(region) => {
+                self.device.guest().set_inflight(Some(region));
+                Ok(0)
+            }
             Command::Config { offset, bytes } => self.device.set_config(offset, &bytes).map(|()| 0),
             Command::Start {
                 queue,
@@ -189,6 +193,7 @@ impl<D: Device> Alone<D> {
                     self.lines[queue].error = None;
                 }
                 self.device.guest().reset();
+                self.device.guest().set_inflight(None);
                 // Holding on to the mapping would keep the memory of a VM that is gone.
                 self.device.guest().set_memory(GuestMemoryMmap::new());
                 Ok(0)

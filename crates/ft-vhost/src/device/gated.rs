@@ -238,6 +238,7 @@ impl<D: Device> Gated<D> {
         match command {
             Command::Memory(memory) => guest.set_memory(memory),
             Command::Features(features) => self.device.set_features(features),
+            Command::Inflight(_) => return Err("a replica whose device dies is over: nothing is taken up".into()),
             // It would have to happen at a position.
             Command::Config { .. } => return Err("the configuration space of a protected VM is read-only".into()),
             // Kicks and interrupts go through the gate.

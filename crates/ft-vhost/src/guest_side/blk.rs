@@ -19,6 +19,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::{
     GuestSide, Outcome, QueueSetup, RingError,
+    inflight::InflightRegion,
     ring::{Ring, Segment, copy_from_guest, copy_to_guest, skip_bytes, total_bytes},
 };
 
@@ -427,6 +428,16 @@ impl GuestSide for BlkGuestSide {
 
     fn set_memory(&mut self, memory: GuestMemoryMmap) {
         self.memory = Some(Arc::new(memory));
+    }
+
+    fn tracks_inflight(&self) -> bool {
+        true
+    }
+
+    fn set_inflight(&mut self, region: Option<InflightRegion>) {
+        for (index, ring) in self.rings.iter_mut().enumerate() {
+            ring.track(region.as_ref().and_then(|region| region.queue(index as u16)));
+        }
     }
 
     fn configure_queue(&mut self, index: u16, setup: &QueueSetup) -> Result<(), RingError> {

@@ -23,7 +23,10 @@
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
+use self::inflight::InflightRegion;
+
 pub mod blk;
+pub mod inflight;
 pub mod net;
 pub mod ring;
 
@@ -157,6 +160,9 @@ pub enum RingError {
         /// Head of the chain.
         head: u16,
     },
+    /// The in-flight region of the queue cannot be this queue's; the log says why.
+    #[error("the in-flight region does not fit queue {0}")]
+    Inflight(u16),
     /// A completion for a request that was never made, or was completed before.
     #[error("no request {0} is outstanding")]
     UnknownRequest(u64),
@@ -178,6 +184,14 @@ pub trait GuestSide: Send {
 
     /// Guest memory, for all queues from here on.
     fn set_memory(&mut self, memory: GuestMemoryMmap);
+
+    /// Tracks the chains the device holds in memory that outlives the daemon, from the next start of a queue on; or no more.
+    fn set_inflight(&mut self, _region: Option<InflightRegion>) {}
+
+    /// Whether [`GuestSide::set_inflight`] does anything.
+    fn tracks_inflight(&self) -> bool {
+        false
+    }
 
     /// Starts a queue.
     ///

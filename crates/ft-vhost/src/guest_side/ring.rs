@@ -3,13 +3,13 @@
 //! The indices and event suppression are `virtio_queue::Queue`'s. The walk of a chain is done here: the library's iterator
 //! ends silently where a chain is malformed, and a request cut short is not what the guest asked for.
 
-use std::sync::atomic::Ordering;
+use std::{collections::VecDeque, sync::atomic::Ordering};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
-use super::{QUEUE_SIZE_MAX, QueueSetup, RingError};
+use super::{QUEUE_SIZE_MAX, QueueSetup, RingError, inflight::InflightQueue};
 
 const DESCRIPTOR_BYTES: u64 = 16;
 
@@ -35,6 +35,9 @@ pub struct Ring {
     added: bool,
     /// The guest was seen to have added more: the next [`Ring::pop`] must find it, or whoever drains would never end.
     promised: bool,
+    inflight: Option<InflightQueue>,
+    /// Chains that an earlier device held when it was killed.
+    again: VecDeque<u16>,
 }
 
 fn outside(what: &'static str, address: u64, length: u64) -> RingError {
@@ -65,7 +68,14 @@ impl Ring {
             busy: Vec::new(),
             added: false,
             promised: false,
+            inflight: None,
+            again: VecDeque::new(),
         }
+    }
+
+    /// Tracks the chains held from the next start of the queue on, and takes up those that are held already.
+    pub fn track(&mut self, inflight: Option<InflightQueue>) {
+        self.inflight = inflight;
     }
 
     /// Whether the driver has configured the ring.
@@ -122,6 +132,18 @@ impl Ring {
             .used_idx(memory, Ordering::Acquire)
             .map_err(|_| outside("the used ring", setup.used_ring, 4))?;
         self.queue.set_next_used(used.0);
+        if let Some(inflight) = &mut self.inflight {
+            let held = inflight.recover(size, used.0).map_err(|error| {
+                tracing::error!(%error, "this queue is not started");
+                RingError::Inflight(queue)
+            })?;
+            if !held.is_empty() {
+                // What was taken is what was used and what is held; a frontend that lost its backend knows the former only.
+                self.queue.set_next_avail(used.0.wrapping_add(held.len() as u16));
+                tracing::info!(queue, count = held.len(), "requests of a killed daemon are taken again");
+            }
+            self.again = held.into();
+        }
         self.busy.resize(size.into(), false);
         self.queue.set_ready(true);
         Ok(())
@@ -134,6 +156,7 @@ impl Ring {
         self.busy.clear();
         self.added = false;
         self.promised = false;
+        self.again.clear();
         next
     }
 
@@ -155,19 +178,13 @@ impl Ring {
     /// [`RingError`] for a ring or chain that breaks the rules.
     pub fn pop(&mut self, memory: &GuestMemoryMmap, segments: &mut Vec<Segment>) -> Result<Option<u16>, RingError> {
         self.ready()?;
-        let next = self.queue.next_avail();
-        let Some(head) = self
-            .queue
-            .iter(memory)
-            .map_err(|_| RingError::AvailableIndex(next))?
-            .next()
-            .map(|chain| chain.head_index())
-        else {
-            // The index moved back, or the entry is no longer in memory.
-            let kept = !self.promised;
-            return kept.then_some(None).ok_or(RingError::AvailableIndex(next));
+        let head = match self.again.pop_front() {
+            Some(head) => head,
+            None => match self.next_available(memory)? {
+                Some(head) => head,
+                None => return Ok(None),
+            },
         };
-        self.promised = false;
         let size = self.size();
         let busy = self.busy.get_mut(usize::from(head)).ok_or(RingError::Descriptor {
             index: head,
@@ -176,9 +193,28 @@ impl Ring {
         if std::mem::replace(busy, true) {
             return Err(RingError::Busy { head });
         }
+        if let Some(inflight) = &mut self.inflight {
+            inflight.taken(head);
+        }
         segments.clear();
         walk(memory, self.queue.desc_table(), size, head, segments)?;
         Ok(Some(head))
+    }
+
+    fn next_available(&mut self, memory: &GuestMemoryMmap) -> Result<Option<u16>, RingError> {
+        let next = self.queue.next_avail();
+        let head = self
+            .queue
+            .iter(memory)
+            .map_err(|_| RingError::AvailableIndex(next))?
+            .next()
+            .map(|chain| chain.head_index());
+        if head.is_none() && self.promised {
+            // The index moved back, or the entry is no longer in memory.
+            return Err(RingError::AvailableIndex(next));
+        }
+        self.promised = false;
+        Ok(head)
     }
 
     /// Undoes the last [`Ring::pop`]: the chain is taken again next time.
@@ -195,9 +231,16 @@ impl Ring {
         self.ready()?;
         self.busy[usize::from(head)] = false;
         self.added = true;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.completing(head);
+        }
         self.queue
             .add_used(memory, head, written)
-            .map_err(|_| outside("the used ring", self.queue.used_ring(), 0))
+            .map_err(|_| outside("the used ring", self.queue.used_ring(), 0))?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.completed(head, self.queue.next_used());
+        }
+        Ok(())
     }
 
     /// Asks the driver to kick when it adds more, and says whether it has done so already.

@@ -7,11 +7,15 @@
 
 use std::{
     fs::File,
+    io,
     os::fd::{AsFd, FromRawFd, IntoRawFd},
     sync::Arc,
 };
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::memfd::{MFdFlags, memfd_create},
+};
 use tracing::{debug, error};
 use vhost::vhost_user::{
     Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
@@ -29,7 +33,7 @@ use super::{
     Command, CommandSender, Description,
     memory::{self, Translation},
 };
-use crate::guest_side::{QUEUE_SIZE_MAX, QueueSetup};
+use crate::guest_side::{QUEUE_SIZE_MAX, QueueSetup, inflight::InflightRegion};
 
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 /// Where some frontends (Cloud Hypervisor) take the configuration space to begin; others (QEMU) count from 0.
@@ -100,6 +104,23 @@ impl Handler {
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring> {
         self.vrings.get_mut(index as usize).ok_or(Error::InvalidParam)
+    }
+
+    /// Queues and queue size of an in-flight region, within what the device has.
+    fn inflight_shape(&self, region: &VhostUserInflight) -> Result<(u16, u16)> {
+        let (queues, size) = (region.num_queues, region.queue_size);
+        let possible = self.description.tracks_inflight
+            && (1..=self.description.queues).contains(&queues)
+            && (1..=QUEUE_SIZE_MAX).contains(&size);
+        possible.then_some((queues, size)).ok_or(Error::InvalidParam)
+    }
+
+    fn track(&mut self, file: File, offset: u64, bytes: u64, queues: u16, queue_size: u16) -> Result<()> {
+        let region = InflightRegion::map(file, offset, bytes, queues, queue_size).map_err(|error| {
+            error!(%error, "the frontend's in-flight region is refused");
+            Error::InvalidParam
+        })?;
+        self.call(Command::Inflight(region)).map(drop)
     }
 
     fn stop(&mut self, index: usize) -> Result<()> {
@@ -183,10 +204,15 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ
+        let mut features = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::RESET_DEVICE)
+            | VhostUserProtocolFeatures::RESET_DEVICE;
+        features.set(
+            VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            self.description.tracks_inflight,
+        );
+        Ok(features)
     }
 
     fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
@@ -324,12 +350,25 @@ impl VhostUserBackendReqHandlerMut for Handler {
         unsupported()
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        unsupported()
+    fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (queues, queue_size) = self.inflight_shape(asked)?;
+        let bytes = InflightRegion::bytes(queues, queue_size) as u64;
+        let file = memfd_create("vhost-inflight", MFdFlags::MFD_CLOEXEC).map_err(io::Error::from);
+        let file = File::from(file.map_err(Error::ReqHandlerError)?);
+        file.set_len(bytes).map_err(Error::ReqHandlerError)?;
+        self.track(
+            file.try_clone().map_err(Error::ReqHandlerError)?,
+            0,
+            bytes,
+            queues,
+            queue_size,
+        )?;
+        Ok((VhostUserInflight::new(bytes, 0, queues, queue_size), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        unsupported()
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        let (queues, queue_size) = self.inflight_shape(given)?;
+        self.track(file, given.mmap_offset, given.mmap_size, queues, queue_size)
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

@@ -21,7 +21,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::guest_side::QueueSetup;
+use crate::guest_side::{QueueSetup, inflight::InflightRegion};
 
 mod handler;
 pub mod listener;
@@ -36,6 +36,8 @@ pub enum Command {
     Memory(GuestMemoryMmap),
     /// Virtio features the driver took.
     Features(u64),
+    /// Where the chains that the device holds are tracked.
+    Inflight(InflightRegion),
     /// The driver writes to the configuration space.
     Config {
         /// Where.
@@ -160,6 +162,8 @@ pub struct Description {
     pub config: Vec<u8>,
     /// Queues.
     pub queues: u16,
+    /// Whether it can take up the requests of a killed predecessor.
+    pub tracks_inflight: bool,
 }
 
 /// Serves frontends one after the other: for ever, or the one that is connected already.

@@ -49,6 +49,12 @@ impl Daemon {
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
     }
 
+    /// Kills it, at once and for good.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
     /// Waits for the end; gives the exit code and the rest of the log.
     pub fn wait(mut self) -> (Option<i32>, String) {
         let mut rest = String::new();

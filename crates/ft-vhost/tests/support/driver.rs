@@ -82,7 +82,7 @@ impl Driver {
             descriptor_table: self.base,
             available_ring: self.base + 0x8000,
             used_ring: self.base + 0xa000,
-            next_available: self.used,
+            next_available: self.used.wrapping_add(self.unseen()),
             event_idx: self.event_idx,
         }
     }
@@ -174,6 +174,13 @@ impl Driver {
             .load(GuestAddress(used + 4 + 8 * u64::from(self.size)), Ordering::SeqCst)
             .unwrap();
         new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+    }
+
+    /// Used chains that were not taken yet.
+    pub fn unseen(&self) -> u16 {
+        let used = GuestAddress(self.base + 0xa002);
+        let index: u16 = self.memory.load(used, Ordering::SeqCst).unwrap();
+        index.wrapping_sub(self.used)
     }
 
     /// The next used chain: head and bytes written. Asks for an interrupt at the one after.

@@ -1,13 +1,18 @@
 //! A vhost-user frontend that speaks as Cloud Hypervisor does, with an answer asked for everything.
 
-use std::{os::unix::net::UnixStream, path::Path, time::Duration};
+use std::{
+    fs::File,
+    os::{fd::AsRawFd, unix::net::UnixStream},
+    path::Path,
+    time::Duration,
+};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
     vhost_user::{
         Frontend, VhostUserFrontend,
-        message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures},
+        message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures},
     },
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -59,7 +64,9 @@ impl Session {
         let wanted =
             VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
         assert!(protocol.contains(wanted));
-        frontend.set_protocol_features(wanted).unwrap();
+        frontend
+            .set_protocol_features(wanted | protocol & VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+            .unwrap();
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         assert!(frontend.get_queue_num().unwrap() >= queues as u64);
         let features = offered & (features | PROTOCOL_FEATURES);
@@ -71,6 +78,14 @@ impl Session {
             calls: (0..queues).map(|_| event()).collect(),
             features,
         }
+    }
+
+    /// Has the device track its chains: in `region` of an earlier session, or in a new one, which is given back.
+    pub fn track(&mut self, region: Option<(VhostUserInflight, File)>, queue_size: u16) -> (VhostUserInflight, File) {
+        let asked = VhostUserInflight::new(0, 0, self.kicks.len() as u16, queue_size);
+        let (inflight, file) = region.unwrap_or_else(|| self.frontend.get_inflight_fd(&asked).unwrap());
+        self.frontend.set_inflight_fd(&inflight, file.as_raw_fd()).unwrap();
+        (inflight, file)
     }
 
     pub fn share(&mut self, memory: &GuestMemoryMmap) {
