@@ -35,14 +35,18 @@ const STOPS_SHOWN: usize = 12;
 #[derive(Args, Debug)]
 pub struct BisectArgs {
     /// Directory of a journal.
-    a: PathBuf,
+    #[arg(required_unless_present = "report")]
+    a: Option<PathBuf>,
     /// Directory of another one. Without it the journal is compared with replays of it, which needs --kernel.
     b: Option<PathBuf>,
     #[command(flatten)]
     machine: Machine,
     /// The last stops of the side that recorded the journal, as `run --reports` wrote them: its registers, at every stop.
-    #[arg(long, value_name = "FILE", requires = "kernel", conflicts_with = "b")]
+    #[arg(long, value_name = "FILE", conflicts_with = "b")]
     stops: Option<PathBuf>,
+    /// The report of a replica that diverged, instead of a journal: finds its first stop that is not as in --stops.
+    #[arg(long, value_name = "FILE", requires = "stops", conflicts_with_all = ["a", "kernel"])]
+    report: Option<PathBuf>,
 }
 
 /// The machine's flags, all of which may be left out together: two journals can be compared without executing them.
@@ -104,22 +108,27 @@ pub fn bisect(args: &BisectArgs) -> Result<Verdict, Error> {
             machine,
         })
     };
-    let finding = match &args.b {
-        Some(b) => journals(&args.a, b, recording(&args.a).zip(recording(b)))?,
-        None => {
-            let recording = recording(&args.a).ok_or_else(|| {
+    let stops = args.stops.as_deref().map(read_stops).transpose()?.unwrap_or_default();
+    let finding = match (&args.report, &args.a, &args.b) {
+        (Some(report), ..) => reported(report, &stops)?,
+        (None, Some(a), Some(b)) => journals(a, b, recording(a).zip(recording(b)))?,
+        (None, Some(a), None) => {
+            let recording = recording(a).ok_or_else(|| {
                 Error::environment(
                     "to compare a journal with its replay, give the machine: --kernel and its other flags",
                 )
             })?;
-            let stops = args.stops.as_deref().map(read_stops).transpose()?;
-            with_replays(&recording, &stops.unwrap_or_default())?
+            with_replays(&recording, &stops)?
         }
+        (None, None, _) => unreachable!("the command line demands one of them"),
     };
     print!("{}", finding.text);
     println!("{}", finding.json);
     Ok(finding.verdict)
 }
+
+/// Stops of the recording side, by exit count and offset.
+type Witnesses = BTreeMap<(u64, u32), Witnessed>;
 
 /// What is printed.
 struct Finding {
@@ -206,7 +215,57 @@ fn journals(a: &Path, b: &Path, recordings: Option<(Recording, Recording)>) -> R
     Ok(Finding::different(text, json))
 }
 
-fn with_replays(recording: &Recording, witnessed: &BTreeMap<(u64, u32), Witnessed>) -> Result<Finding, Error> {
+/// The first stop in the report of a diverged replica that is not as the recording side had it.
+fn reported(path: &Path, recorded: &Witnesses) -> Result<Finding, Error> {
+    let name = path.display();
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| Error::environment(format!("cannot read {name}: {source}. Check --report")))?;
+    let wrong = || {
+        Error::environment(format!(
+            "{name} is no report: give the .diverged.json file that `run --reports` wrote"
+        ))
+    };
+    let report: Value = serde_json::from_str(&text).map_err(|_| wrong())?;
+    let records = report.get("records").and_then(Value::as_array).ok_or_else(wrong)?;
+    let mut last = None;
+    for (index, record) in records.iter().enumerate() {
+        let (position, replayed) = read_stop(record).ok_or_else(wrong)?;
+        let Some(stop) = recorded.get(&position) else {
+            continue;
+        };
+        last = Some(position.0);
+        let names = bisect::differing(&stop.registers, &replayed.registers);
+        // The replica ended in the middle of its last stop: if nothing differs before it, then this is where.
+        let is_last = index + 1 == records.len();
+        if names.is_empty() && stop.digest == replayed.digest && !is_last {
+            continue;
+        }
+        let what = match &names[..] {
+            [] => "not the registers, but what the guest put out or what happened".to_owned(),
+            names => names.join(", "),
+        };
+        let text = format!(
+            "the first stop at which the two sides differ is exit {}: {what}\n{}",
+            position.0,
+            registers::comparison(("recorded", &stop.registers), ("replayed", &replayed.registers))
+        );
+        let json = json!({"different": true, "exits": position.0, "registers": names, "replayed": record});
+        return Ok(Finding::different(text, json));
+    }
+    match last {
+        None => Err(Error::environment(format!(
+            "{name} and --stops have no stop in common: they must be of the same VM and generation"
+        ))),
+        Some(exits) => {
+            let text = format!(
+                "the stops that are in both files, up to exit {exits}, are the same: the difference lies behind it\n"
+            );
+            Ok(Finding::same(text, json!({"different": false, "exits": exits})))
+        }
+    }
+}
+
+fn with_replays(recording: &Recording, witnessed: &Witnesses) -> Result<Finding, Error> {
     let (mut one, mut other) = (recording.power_on()?, recording.power_on()?);
     let mut text = String::new();
     let mut json = json!({"different": true});
@@ -238,7 +297,7 @@ fn with_replays(recording: &Recording, witnessed: &BTreeMap<(u64, u32), Witnesse
 fn executions(
     left: (&str, &mut Execution),
     right: (&str, &mut Execution),
-    witnessed: &BTreeMap<(u64, u32), Witnessed>,
+    witnessed: &Witnesses,
     text: &mut String,
     json: &mut Value,
 ) -> Result<bool, Error> {
@@ -290,7 +349,7 @@ fn show_stops(
     left: (&str, &Execution),
     right: &str,
     found: &StopDifference,
-    witnessed: &BTreeMap<(u64, u32), Witnessed>,
+    witnessed: &Witnesses,
     text: &mut String,
     json: &mut Value,
 ) {
@@ -326,7 +385,7 @@ fn show_stops(
 }
 
 /// The stops in a file that [`crate::debug::report::write_stops`] wrote, by exit count and offset.
-fn read_stops(path: &Path) -> Result<BTreeMap<(u64, u32), Witnessed>, Error> {
+fn read_stops(path: &Path) -> Result<Witnesses, Error> {
     let name = path.display();
     let failed = |source| Error::environment(format!("cannot read {name}: {source}. Check --stops"));
     let file = BufReader::new(std::fs::File::open(path).map_err(failed)?);

@@ -206,7 +206,10 @@ impl Reports {
         let (text, mut event) = (report.text(), report.json());
         tracing::error!("{text}");
         let generation = self.region.generation().0;
-        for (kind, content) in [("diverged.txt", text), ("diverged.json", format!("{event}\n"))] {
+        for (kind, content) in [
+            ("diverged.txt", text),
+            ("diverged.json", format!("{}\n", report.file_json())),
+        ] {
             let Some(path) = self.file(generation, kind) else {
                 break;
             };

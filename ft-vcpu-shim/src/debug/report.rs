@@ -3,7 +3,7 @@
 //! The log carries of every recorded stop what tells *that* something differs (position, RIP, RCX, digest), not all registers:
 //! they would make an entry three times as long. The replaying side has all of its own. The recording side keeps its last stops with
 //! their registers in memory ([`crate::lockstep::history`]) and writes them to a file as soon as it stands alone, which it
-//! does when its backup reports a divergence: `bisect --stops` sets the two side by side.
+//! does when its backup reports a divergence: `bisect --report --stops` sets the two side by side.
 
 use std::{
     fmt::Write as _,
@@ -92,13 +92,21 @@ impl Report {
             let _ = writeln!(text, "{}", trace::line(record));
         }
         text.push_str(
-            "\nThe recording side's registers: run `ft-vcpu-shim bisect` with the journal and, if the recording VM was started with\n\
-             --reports, with --stops and the .stops.jsonl file that its host wrote when this replica ended (docs/debugging.md).\n",
+            "\nThe recording side's registers are in the .stops.jsonl file that its host writes, if started with --reports, when this replica\n\
+             ends: `ft-vcpu-shim bisect --report <VM>.diverged.json --stops <VM>.stops.jsonl` sets them side by side (docs/debugging.md).\n",
         );
         text
     }
 
-    /// For programs.
+    /// For programs: [`Report::json`], and the stops with all their registers as `records`. What `bisect --report` reads.
+    #[must_use]
+    pub fn file_json(&self) -> Value {
+        let mut report = self.json();
+        report["records"] = self.stops.iter().map(trace::json).collect();
+        report
+    }
+
+    /// For programs, without what would make an event too long.
     #[must_use]
     pub fn json(&self) -> Value {
         let divergence = &self.divergence;

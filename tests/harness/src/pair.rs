@@ -216,7 +216,8 @@ impl Pair {
                 .option("--cmdline", format!("ip={}/24 port={}", GUEST.ip(), GUEST.port()))
                 .option("--blk", self.events.socket(id, BLK))
                 .option("--net", self.events.socket(id, NET))
-                .option("--console", self.events.file(id, CONSOLE)),
+                .option("--console", self.events.file(id, CONSOLE))
+                .option("--reports", own.join("journal")),
             device => {
                 list.option("--socket-path", self.events.socket(id, device))
                     .option("--ft-log", self.events.socket(id, FT_LOG))

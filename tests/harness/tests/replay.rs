@@ -4,8 +4,9 @@
 mod lab;
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use ft_harness::faults::{Fault, FaultPlan, Moment};
@@ -16,14 +17,51 @@ use lab::{Build, setup, variable};
 /// How often each journal is replayed.
 const REPLAYS: usize = 5;
 
-fn replay(journal: &Path) -> Output {
-    Command::new(Build::Release.directory().join("ft-vcpu-shim"))
-        .arg("replay")
-        .arg(journal)
+/// A subcommand of the shim on these journals of the bundled guest.
+fn command(subcommand: &str, journals: &[&Path]) -> Command {
+    let mut command = Command::new(Build::Release.directory().join("ft-vcpu-shim"));
+    command
+        .arg(subcommand)
+        .args(journals)
         .args(["--kernel".as_ref(), variable("FT_GUEST").as_os_str()])
-        .args(["--cmdline", &format!("ip={}/24 port={}", GUEST.ip(), GUEST.port())])
-        .output()
-        .expect("the shim runs")
+        .args(["--cmdline", &format!("ip={}/24 port={}", GUEST.ip(), GUEST.port())]);
+    command
+}
+
+fn replay(journal: &Path) -> Output {
+    command("replay", &[journal]).output().expect("the shim runs")
+}
+
+/// gdb at the stop of entry 100: the guest's symbols and code are where its ELF file says.
+fn debugged(journal: &Path, socket: &Path) {
+    let mut shim = command("replay", &[journal]);
+    shim.args(["--to", "lsn:100", "--gdb", &format!("unix:{}", socket.display())]);
+    let mut shim = shim.stderr(Stdio::piped()).spawn().expect("the shim runs");
+    let mut errors = BufReader::new(shim.stderr.take().expect("piped"));
+    let mut said = String::new();
+    while !said.contains("waiting for gdb") {
+        let count = errors.read_line(&mut said).expect("readable");
+        assert!(count > 0, "the shim ended: {said}");
+    }
+    let mut gdb = Command::new("gdb");
+    gdb.args(["-nx", "-batch"]).arg(variable("FT_GUEST"));
+    let connect = format!("target remote {}", socket.display());
+    for line in [
+        &connect,
+        "info symbol $rip",
+        "compare-sections .text",
+        "reverse-stepi",
+        "monitor position",
+    ] {
+        gdb.args(["-ex", line]);
+    }
+    let output = gdb.output().expect("gdb runs: install the package gdb");
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    let status = shim.wait().expect("the shim ends with gdb");
+    for part in [" in section .text", "matched.", "=> 0x"] {
+        assert!(text.contains(part), "'{part}' is missing: {text}\n{said}");
+    }
+    assert!(status.success(), "{said}");
 }
 
 /// The JSON line of a replay that went well.
@@ -94,6 +132,18 @@ fn live_and_offline_executions_have_the_same_digests_and_damage_is_named() {
     }
 
     let journal = journal_of(directory.path(), "A");
+    let backups = journal_of(directory.path(), "B");
+    for journals in [&[journal.as_path(), &backups][..], &[&journal]] {
+        let output = command("bisect", journals).output().expect("the shim runs");
+        assert_eq!(
+            output.status.code(),
+            Some(0),
+            "{}",
+            String::from_utf8_lossy(&output.stdout)
+        );
+    }
+    debugged(&journal, &directory.path().join("gdb.sock"));
+
     let flipped = directory.path().join("flipped");
     copy_with(&journal, &flipped, |bytes| {
         let middle = bytes.len() / 2;
