@@ -15,8 +15,12 @@ die() {
 
 # Installs a Debian package for a missing command, or says what to install.
 need_command() {
-  local command=$1 package=$2
-  command -v "$command" >/dev/null && return
+  command -v "$1" >/dev/null || need_package "$2" "$1"
+}
+
+# Installs a Debian package, or says that it is needed for something.
+need_package() {
+  local package=$1 command=$2
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "installing $package" >&2
     { apt-get install -qq -y "$package" || { apt-get update -qq && apt-get install -qq -y "$package"; }; } \
@@ -93,4 +97,26 @@ build_guest() {
 
 build_release() {
   (cd "$repository" && cargo build --release --locked --workspace "$@")
+}
+
+# Debian's own kernel with what the jobs of tests/stock need; made once for each kernel and each change of those.
+need_stock_guest() {
+  local kernel=$1 stamp
+  need_command qemu-system-x86_64 qemu-system-x86
+  need_command fio fio
+  need_command mkfs.ext4 e2fsprogs
+  need_command blkdiscard util-linux
+  stock_guest=${FT_CACHE_DIR:-${CARGO_TARGET_DIR:-$repository/target}/stock}/guest-$kernel
+  stamp=$(cat "$repository"/scripts/guest-image "$repository"/tests/stock/init "$repository"/tests/stock/jobs/* | sha256sum)
+  [ "$stamp" != "$(cat "$stock_guest/stamp" 2>/dev/null)" ] || return 0
+  "$repository/scripts/guest-image" --kernel "$kernel" --out "$stock_guest" --module virtio_blk --module virtio_pci \
+    --program fio --program mkfs.ext4 --program e2fsck --program blkdiscard --program fstrim
+  echo "$stamp" >"$stock_guest/stamp"
+}
+
+# A machine whose memory a vhost-user backend can share.
+stock_qemu_options() {
+  echo "-machine q35,memory-backend=memory -accel ${FT_ACCEL:-tcg} -cpu max -smp 2 -m 768" \
+    "-object memory-backend-memfd,id=memory,size=768M,share=on" \
+    "-nodefaults -no-reboot -nographic -serial stdio -monitor none"
 }
