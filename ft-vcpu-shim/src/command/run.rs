@@ -5,7 +5,10 @@ use std::{
     io::Read,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -92,7 +95,8 @@ pub fn run(args: &RunArgs) -> Result<(), Error> {
         replay,
         gates,
     } = session;
-    watch_socket(&stream, Arc::clone(&region))?;
+    let failing = Arc::new(AtomicBool::new(false));
+    watch_socket(&stream, Arc::clone(&region), Arc::clone(&failing))?;
 
     let role = wait_for_role(&region)?;
     let mut ports: Vec<Box<dyn Port>> = Vec::new();
@@ -156,6 +160,7 @@ pub fn run(args: &RunArgs) -> Result<(), Error> {
         Err(error) => {
             // An operator reads one cause: where ft-log ended the replica, its log has it.
             if !matches!(error, Error::Ended(_)) {
+                failing.store(true, Ordering::Release);
                 report_failure(&mut stream, &error.to_string());
             }
             Err(error)
@@ -264,8 +269,9 @@ fn wait_for_role(region: &Region) -> Result<Role, Error> {
     }
 }
 
-/// Ends this process with the replica, even while the guest does not exit: a thread waits for the end of ft-log's socket.
-fn watch_socket(stream: &UnixStream, region: Arc<Region>) -> Result<(), Error> {
+/// Ends this process with the replica, even while the guest does not exit: a thread waits for the end of ft-log's socket. While
+/// this process is `failing` itself, ft-log ends the replica because of it: then the main thread's exit code is the cause.
+fn watch_socket(stream: &UnixStream, region: Arc<Region>, failing: Arc<AtomicBool>) -> Result<(), Error> {
     let failed = |source| Error::environment(format!("cannot watch ft-log's socket: {source}"));
     let mut stream = stream.try_clone().map_err(failed)?;
     std::thread::Builder::new()
@@ -273,6 +279,9 @@ fn watch_socket(stream: &UnixStream, region: Arc<Region>) -> Result<(), Error> {
         .spawn(move || {
             let mut byte = [0];
             while matches!(stream.read(&mut byte), Ok(count) if count > 0) {}
+            if failing.load(Ordering::Acquire) {
+                return;
+            }
             match region.role() {
                 // The main thread sees this role itself and ends with success.
                 Role::Off => {}
