@@ -8,6 +8,8 @@ use ft_protocol::{
     replica,
 };
 
+use crate::arbiter::ArbiterAddress;
+
 /// Which side of the pair this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Side {
@@ -30,9 +32,9 @@ pub struct Config {
     /// Unix socket on which the VM's other processes join.
     #[arg(long, value_name = "SOCK")]
     pub socket_path: PathBuf,
-    /// Directory on storage that both hosts share: the arbiter.
-    #[arg(long, value_name = "DIR")]
-    pub arbiter: PathBuf,
+    /// The arbiter: a directory on storage that both hosts share, or etcd://HOST:PORT[,HOST:PORT]...[/PREFIX].
+    #[arg(long, value_name = "DIR|etcd://...")]
+    pub arbiter: ArbiterAddress,
     /// Directory for the journal; without it there is none.
     #[arg(long, value_name = "DIR")]
     pub journal: Option<PathBuf>,

@@ -23,7 +23,7 @@ use nix::sys::{
 };
 
 use crate::{
-    arbiter::Arbiter,
+    arbiter::{Arbiter, ArbiterAddress},
     config::{Config, Side},
     daemon::{Daemon, Parts},
     exit::{Exit, StartError},
@@ -50,15 +50,17 @@ pub fn run(config: Config) -> Result<Exit, StartError> {
         prepare_journal(directory, &config.vm)?;
     }
     // Later it may come and go; a backup with a mistyped path would learn of it at the failover.
-    std::fs::read_dir(&config.arbiter).map_err(|source| StartError::Path {
-        path: config.arbiter.clone(),
-        what: "read the arbiter's directory (--arbiter)",
-        source,
-    })?;
+    if let ArbiterAddress::Directory(path) = &config.arbiter {
+        std::fs::read_dir(path).map_err(|source| StartError::Path {
+            path: path.clone(),
+            what: "read the arbiter's directory (--arbiter)",
+            source,
+        })?;
+    }
     let (listener, heartbeats) = sockets(&config)?;
     let local = Local::new(&config.devices).map_err(kernel("make shared memory for the VM"))?;
-    let arbiter =
-        Arbiter::directory(config.arbiter.clone(), &config.vm, &config.host()).map_err(kernel("read random bytes"))?;
+    let arbiter = Arbiter::new(&config.arbiter, &config.vm, &config.host())
+        .map_err(kernel("read random bytes and start the arbiter's thread"))?;
     let ring = Uring::new().map_err(kernel(
         "set up io_uring (kernel 5.11 or newer, and not disabled by sysctl)",
     ))?;

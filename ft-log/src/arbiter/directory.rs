@@ -11,11 +11,10 @@
 
 use std::{ffi::CString, io, os::fd::OwnedFd, os::unix::ffi::OsStrExt, path::PathBuf, rc::Rc};
 
-use ft_client::{crash, events::wall_ns, handshake::hex};
+use ft_client::crash;
 use ft_protocol::{Generation, Verdict};
-use serde_json::{Value, json};
 
-use super::Answer;
+use super::{Answer, claim::Asker};
 use crate::{
     token::{Done, Ring, Token},
     uring::Operation,
@@ -73,26 +72,19 @@ enum Next {
 #[derive(Debug)]
 pub struct Directory {
     path: PathBuf,
-    vm: String,
-    host: String,
-    /// Random, so that a claim of this very process is told from one of an earlier process on the same host.
-    identity: String,
+    asker: Asker,
     attempts: u64,
     claim: Option<Claim>,
 }
 
 impl Directory {
-    pub(super) fn new(path: PathBuf, vm: &str, host: &str) -> io::Result<Self> {
-        let mut random = [0; 16];
-        io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut random)?;
-        Ok(Self {
+    pub(super) fn new(path: PathBuf, asker: Asker) -> Self {
+        Self {
             path,
-            vm: vm.into(),
-            host: host.into(),
-            identity: hex(&random),
+            asker,
             attempts: 0,
             claim: None,
-        })
+        }
     }
 
     pub(super) fn asked_at_ns(&self) -> Option<u64> {
@@ -105,8 +97,8 @@ impl Directory {
         }
         crash::point("log.arbiter.before");
         self.attempts += 1;
-        let target = format!("{}.g{generation}", self.vm);
-        let temp = format!(".{target}.{}.{}.tmp", self.identity, self.attempts);
+        let target = format!("{}.g{generation}", self.asker.vm);
+        let temp = format!(".{target}.{}.{}.tmp", self.asker.identity, self.attempts);
         self.claim = Some(Claim {
             generation,
             asked_at_ns: now_ns,
@@ -146,17 +138,6 @@ impl Directory {
         }
     }
 
-    fn claim_text(&self, claim: &Claim) -> Vec<u8> {
-        let text = json!({
-            "vm": self.vm,
-            "generation": claim.generation.0,
-            "host": self.host,
-            "wall_ns": wall_ns(),
-            "id": self.identity,
-        });
-        format!("{text}\n").into_bytes()
-    }
-
     fn next(&self, claim: &mut Claim, ring: &mut Ring, done: Done) -> io::Result<Next> {
         let result = match done.result {
             Ok(result) => result,
@@ -173,7 +154,7 @@ impl Directory {
             Step::CreateTemp => {
                 claim.temp_exists = true;
                 claim.file = done.descriptor.map(Rc::new);
-                let text = self.claim_text(claim);
+                let text = self.asker.claim(claim.generation);
                 Next::Step(Step::WriteTemp { from: 0 }, Operation::Write(claim.file(), text, 0, 0))
             }
             Step::WriteTemp { from } => {
@@ -201,11 +182,9 @@ impl Directory {
             }
             Step::ReadTarget => {
                 let text = &done.memory.into_bytes()[..result];
-                let found: Value = serde_json::from_slice(text).unwrap_or_default();
-                if found["id"] == json!(self.identity) {
-                    Next::Step(Step::SyncDirectory, Operation::Sync(claim.directory()))
-                } else {
-                    Next::Answer(Verdict::Lost, format!("claimed by host {}", found["host"]))
+                match self.asker.judge(text) {
+                    (Verdict::Won, _) => Next::Step(Step::SyncDirectory, Operation::Sync(claim.directory())),
+                    (verdict, detail) => Next::Answer(verdict, detail),
                 }
             }
             Step::SyncDirectory => Next::Answer(Verdict::Won, String::new()),

@@ -371,7 +371,7 @@ impl Daemon {
             self.vm.arbiter_warned = true;
             warn!(
                 "{}: the arbiter does not answer; nothing is released until it does",
-                self.config.arbiter.display()
+                self.config.arbiter
             );
         }
         if now_ns >= self.report_at_ns {

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use ft_client::events::monotonic_ns;
 use ft_log::{
-    arbiter::{Answer, Arbiter},
+    arbiter::{Answer, Arbiter, ArbiterAddress},
     token::{Ring, Token},
     uring::Uring,
 };
@@ -37,7 +37,7 @@ fn ask(arbiter: &mut Arbiter, ring: &mut Ring, generation: u32) -> Answer {
 
 fn arbiter(path: &Path, host: &str) -> (Arbiter, Ring) {
     (
-        Arbiter::directory(path.to_owned(), VM, host).unwrap(),
+        Arbiter::new(&ArbiterAddress::Directory(path.to_owned()), VM, host).unwrap(),
         Uring::new().unwrap(),
     )
 }
