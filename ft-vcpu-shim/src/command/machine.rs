@@ -1,6 +1,9 @@
 //! What `run` and `replay` have in common: the machine before its devices, and its fingerprint.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use clap::Args;
 use kvm_bindings::CpuId;
@@ -15,19 +18,23 @@ use crate::{
         timeline::Timeline,
     },
     machine::{
-        boot, cpuid,
+        boot::Image,
+        cpuid,
         memory::Ram,
         vcpu::{Vcpu, guest_cpuid, open_kvm},
     },
-    platform::{Board, virtio_mmio::Transport},
+    platform::{Board, Guest, virtio_mmio::Transport},
 };
 
 /// What the guest is.
 #[derive(Args, Clone, Debug)]
 pub struct MachineArgs {
-    /// Guest image: a static ELF for x86-64.
-    #[arg(long, value_name = "ELF")]
+    /// Guest image: a Linux bzImage or vmlinux, or a freestanding ELF for x86-64.
+    #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
+    /// Initial RAM disk of a Linux guest.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
     /// Guest command line.
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub cmdline: String,
@@ -40,11 +47,17 @@ pub struct MachineArgs {
 pub struct Loaded {
     kvm: Kvm,
     cpuid: CpuId,
+    guest: Guest,
     entry: u64,
     /// Its memory.
     pub ram: Arc<Ram>,
     /// Digest of everything it starts from.
     pub fingerprint: [u8; 32],
+}
+
+fn read(path: &Path, what: &str, flag: &str) -> Result<Vec<u8>, Error> {
+    std::fs::read(path)
+        .map_err(|source| Error::environment(format!("cannot read {what} {}: {source}. Check {flag}", path.display())))
 }
 
 impl MachineArgs {
@@ -54,29 +67,32 @@ impl MachineArgs {
     /// No KVM, no memory, or an image that cannot be loaded.
     pub fn load(&self) -> Result<Loaded, Error> {
         let kvm = open_kvm()?;
-        let kernel = std::fs::read(&self.kernel).map_err(|source| {
-            Error::environment(format!(
-                "cannot read the guest image {}: {source}. Check --kernel",
-                self.kernel.display()
-            ))
-        })?;
-        let ram = Arc::new(Ram::new(self.ram_mib)?);
-        let entry = boot::load(&ram, &kernel, &self.cmdline)
-            .map_err(|error| Error::environment(format!("{}: {error}", self.kernel.display())))?;
-        let cpuid = guest_cpuid(&kvm)?;
+        let kernel = read(&self.kernel, "the guest image", "--kernel")?;
+        let initrd = self.initrd.as_deref();
+        let initrd = initrd.map(|path| read(path, "the initrd", "--initrd")).transpose()?;
         let mut hash = Sha256::new();
+        let mut add = |part: &[u8]| {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part);
+        };
+        add(&kernel);
+        add(initrd.as_deref().unwrap_or_default());
+        let ram = Arc::new(Ram::new(self.ram_mib)?);
+        let image =
+            Image::open(kernel).map_err(|error| Error::environment(format!("{}: {error}", self.kernel.display())))?;
+        let entry = image.load(&ram, &self.cmdline, initrd.as_deref())?;
+        let cpuid = guest_cpuid(&kvm)?;
         for part in [
-            &kernel[..],
             self.cmdline.as_bytes(),
             &self.ram_mib.to_le_bytes(),
             &cpuid::bytes(&cpuid),
         ] {
-            hash.update((part.len() as u64).to_le_bytes());
-            hash.update(part);
+            add(part);
         }
         Ok(Loaded {
             kvm,
             cpuid,
+            guest: image.guest(),
             entry,
             ram,
             fingerprint: hash.finalize().into(),
@@ -105,7 +121,7 @@ impl Loaded {
                 device.queues,
             )
         };
-        let board = Board::new(wall_ns, descriptions.iter().map(transport).collect());
+        let board = Board::new(self.guest, wall_ns, descriptions.iter().map(transport).collect());
         let vcpu = Vcpu::new(&self.kvm, self.ram, &self.cpuid, self.entry)?;
         Ok(Execution::new(vcpu, board, ports, timeline, on_live))
     }

@@ -68,7 +68,6 @@ pub struct Execution {
     digests: Digests,
     history: History,
     delivered: Vec<u64>,
-    now_ns: u64,
 }
 
 impl Execution {
@@ -93,7 +92,6 @@ impl Execution {
             digests: Digests::default(),
             history: History::default(),
             delivered,
-            now_ns: 0,
         }
     }
 
@@ -198,14 +196,7 @@ impl Execution {
         let mut idle = false;
         let end = match exit {
             Exit::PortWrite { port, size } => self.port_write(port, size)?,
-            Exit::PortRead { port, size } => {
-                self.digests.exit(KIND_PORT_READ, u64::from(port), &[]);
-                for unit in self.vcpu.answer().chunks_mut(size) {
-                    self.board.port_read(port, unit);
-                }
-                self.history.answered(self.vcpu.answer());
-                None
-            }
+            Exit::PortRead { port, size } => self.port_read(port, size)?,
             Exit::MmioWrite { address } => self.mmio_write(address)?,
             Exit::MmioRead { address } => self.mmio_read(address)?,
             Exit::Halt => {
@@ -234,13 +225,42 @@ impl Execution {
         self.digests.exit(KIND_PORT_WRITE, u64::from(port), self.vcpu.data());
         let units = self.vcpu.data().len() / size;
         for unit in 0..units {
-            let effect = self
-                .board
-                .port_write(port, &self.vcpu.data()[unit * size..(unit + 1) * size]);
+            let bytes = unit * size..(unit + 1) * size;
+            if self.board.port_write_needs_time(port, &self.vcpu.data()[bytes.clone()])
+                && let Some(end) = self.sample_time()?
+            {
+                return Ok(Some(end));
+            }
+            let effect = self.board.port_write(port, &self.vcpu.data()[bytes]);
             if let Some(end) = self.take_effect(effect)? {
                 return Ok(Some(end));
             }
         }
+        Ok(None)
+    }
+
+    fn port_read(&mut self, port: u16, size: usize) -> Result<Option<End>, Error> {
+        self.digests.exit(KIND_PORT_READ, u64::from(port), &[]);
+        if self.board.port_read_shows_time(port, size)
+            && let Some(end) = self.sample_time()?
+        {
+            return Ok(Some(end));
+        }
+        for unit in self.vcpu.answer().chunks_mut(size) {
+            self.board.port_read(port, unit);
+        }
+        self.history.answered(self.vcpu.answer());
+        Ok(None)
+    }
+
+    /// The access at this stop shows the guest the time, or needs it.
+    fn sample_time(&mut self) -> Result<Option<End>, Error> {
+        let stop = self.stop();
+        let Some(now_ns) = self.ask(|timeline| timeline.now(&stop))? else {
+            return Ok(Some(End::LogEnd));
+        };
+        self.history.event(Event::Time(now_ns));
+        self.board.advance_time(now_ns);
         Ok(None)
     }
 
@@ -252,17 +272,12 @@ impl Execution {
 
     fn mmio_read(&mut self, address: u64) -> Result<Option<End>, Error> {
         self.digests.exit(KIND_MMIO_READ, address, &[]);
-        if self.board.load_shows_time(address) {
-            let stop = self.stop();
-            match self.ask(|timeline| timeline.now(&stop))? {
-                Some(now_ns) => {
-                    self.now_ns = now_ns;
-                    self.history.event(Event::Time(now_ns));
-                }
-                None => return Ok(Some(End::LogEnd)),
-            }
+        if self.board.load_shows_time(address)
+            && let Some(end) = self.sample_time()?
+        {
+            return Ok(Some(end));
         }
-        self.board.mmio_read(address, self.now_ns, self.vcpu.answer());
+        self.board.mmio_read(address, self.vcpu.answer());
         self.history.answered(self.vcpu.answer());
         Ok(None)
     }
@@ -346,7 +361,7 @@ impl Execution {
             let can_interrupt = self.vcpu.can_interrupt();
             let waiting = Waiting {
                 idle: idle && !(can_interrupt && self.board.pic.is_pending()),
-                alarm_ns: self.board.clock.deadline_ns(),
+                alarm_ns: self.board.deadline_ns(),
             };
             let stop = self.stop();
             let Some(happening) = self.happening(&stop, waiting)? else {
@@ -386,7 +401,6 @@ impl Execution {
         match happening {
             Happening::Nothing => {}
             Happening::Time(now_ns) => {
-                self.now_ns = now_ns;
                 self.history.event(Event::Time(now_ns));
                 self.board.advance_time(now_ns);
             }

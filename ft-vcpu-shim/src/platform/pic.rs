@@ -231,6 +231,12 @@ impl Pic {
         }
     }
 
+    /// A rising edge on an edge-triggered line that does not stay high.
+    pub fn pulse(&mut self, irq: u8) {
+        self.set_line(irq, true);
+        self.set_line(irq, false);
+    }
+
     /// Whether INTR to the CPU is high.
     #[must_use]
     pub fn is_pending(&self) -> bool {
