@@ -4,6 +4,7 @@
 //!  command ─► machine   RAM, CPU, boot
 //!             platform  interrupt controllers, clock, console, virtio transports: pure, deterministic
 //!             device    the device daemons behind their gates, or their guest sides alone
+//!             rewrite   kernel text: RDTSC becomes an exit
 //!             lockstep  from stop point to stop point; the world or the log decides
 //!             debug     a recorded execution, looked at: trace, memory, registers, gdb, the first difference
 //! ```
@@ -15,3 +16,4 @@ pub mod error;
 pub mod lockstep;
 pub mod machine;
 pub mod platform;
+pub mod rewrite;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ft_vcpu_shim::command::{bisect, replay, run};
+use ft_vcpu_shim::command::{bisect, replay, rewrite, run};
 use tracing_subscriber::EnvFilter;
 
 /// Runs a virtual machine in lockstep, or replays the journal of one.
@@ -22,6 +22,8 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Find the first stop at which two journals, or a journal and its replay, differ: exit status 0 the same, 1 different.
     Bisect(bisect::BisectArgs),
+    /// Show what the loader does to the RDTSC and RDTSCP of a kernel or module, without running it.
+    Rewrite(rewrite::RewriteArgs),
 }
 
 /// SIGTERM ends this replica in order: nothing here needs flushing, and ft-log sees the socket close.
@@ -47,6 +49,10 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args).map(|()| 0),
         Command::Replay(args) => replay::replay(&args).map(|()| 0),
         Command::Bisect(args) => bisect::bisect(&args).map(bisect::Verdict::exit_code),
+        Command::Rewrite(args) => rewrite::rewrite(&args).map(|text| {
+            print!("{text}");
+            0
+        }),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -3,4 +3,5 @@
 pub mod bisect;
 pub mod machine;
 pub mod replay;
+pub mod rewrite;
 pub mod run;
