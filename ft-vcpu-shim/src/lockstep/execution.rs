@@ -23,6 +23,7 @@ use crate::{
     error::Error,
     machine::vcpu::{Exit, Vcpu},
     platform::{Board, Effect, virtio_mmio},
+    rewrite::Kind,
 };
 
 const KIND_PORT_WRITE: u8 = 1;
@@ -241,6 +242,9 @@ impl Execution {
 
     fn port_read(&mut self, port: u16, size: usize) -> Result<Option<End>, Error> {
         self.digests.exit(KIND_PORT_READ, u64::from(port), &[]);
+        if let Some(instruction) = self.board.time_stamp(port, self.vcpu.answer().len()) {
+            return self.read_time_stamp(instruction);
+        }
         if self.board.port_read_shows_time(port, size)
             && let Some(end) = self.sample_time()?
         {
@@ -250,6 +254,24 @@ impl Execution {
             self.board.port_read(port, unit);
         }
         self.history.answered(self.vcpu.answer());
+        Ok(None)
+    }
+
+    /// A rewritten RDTSC or RDTSCP: the counter is virtual time, one count a nanosecond.
+    fn read_time_stamp(&mut self, instruction: Kind) -> Result<Option<End>, Error> {
+        if let Some(end) = self.sample_time()? {
+            return Ok(Some(end));
+        }
+        let [low, high] = [self.board.now_ns() as u32, (self.board.now_ns() >> 32) as u32];
+        self.vcpu.answer().copy_from_slice(&low.to_le_bytes());
+        self.history.answered(self.vcpu.answer());
+        let mut registers = self.vcpu.registers();
+        registers.rdx = u64::from(high);
+        if instruction == Kind::Rdtscp {
+            // IA32_TSC_AUX, which Linux sets to CPU and node.
+            registers.rcx = 0;
+        }
+        self.vcpu.set_registers(registers);
         Ok(None)
     }
 

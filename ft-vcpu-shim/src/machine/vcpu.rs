@@ -208,6 +208,12 @@ impl Vcpu {
         self.vcpu.sync_regs().regs
     }
 
+    /// Puts `registers` into the guest before it continues. At a read exit RAX still becomes [`Vcpu::answer`].
+    pub fn set_registers(&mut self, registers: kvm_regs) {
+        self.vcpu.sync_regs_mut().regs = registers;
+        self.vcpu.set_sync_dirty_reg(SyncReg::Register);
+    }
+
     /// Guest memory.
     #[must_use]
     pub fn ram(&self) -> &Ram {

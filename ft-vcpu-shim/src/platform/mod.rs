@@ -24,6 +24,8 @@ use pic::Pic;
 use serial::Serial;
 use virtio_mmio::{Transport, WINDOW_BYTES};
 
+use crate::rewrite::{Kind, TSC_PORT, TSCP_PORT};
+
 const VIRTIO_BASE: u64 = 0xd000_0000;
 const CLOCK_BASE: u64 = 0xd000_f000;
 const FIRST_VIRTIO_IRQ: u8 = 10;
@@ -147,6 +149,23 @@ impl Board {
                 effect
             }
         }
+    }
+
+    /// The time-stamp instruction that an `in` of `bytes` bytes at `port` stands for: [`crate::rewrite`] put it into Linux' text.
+    #[must_use]
+    pub fn time_stamp(&self, port: u16, bytes: usize) -> Option<Kind> {
+        let linux = matches!(self.timers, Timers::Pc(_));
+        match u8::try_from(port) {
+            Ok(TSC_PORT) if linux && bytes == 4 => Some(Kind::Rdtsc),
+            Ok(TSCP_PORT) if linux && bytes == 4 => Some(Kind::Rdtscp),
+            _ => None,
+        }
+    }
+
+    /// The virtual time that the board was told last.
+    #[must_use]
+    pub fn now_ns(&self) -> u64 {
+        self.now_ns
     }
 
     /// Whether an `in` of one unit of `bytes` bytes shows the current time.
@@ -367,6 +386,15 @@ mod tests {
         let mut timer = [0; 4];
         board.port_read(0x608, &mut timer);
         assert_eq!(u32::from_le_bytes(timer), 3_579_545);
+    }
+
+    #[test]
+    fn a_rewritten_time_stamp_instruction_is_one_of_linux_only() {
+        let board = Board::new(Guest::Linux, 0, Vec::new());
+        assert_eq!(board.time_stamp(0xe4, 4), Some(Kind::Rdtsc));
+        assert_eq!(board.time_stamp(0xe8, 4), Some(Kind::Rdtscp));
+        assert_eq!((board.time_stamp(0xe4, 1), board.time_stamp(0xe5, 4)), (None, None));
+        assert_eq!(Board::new(Guest::Bundled, 0, Vec::new()).time_stamp(0xe4, 4), None);
     }
 
     #[test]

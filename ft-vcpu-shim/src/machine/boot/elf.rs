@@ -90,7 +90,7 @@ pub(super) fn load(ram: &Ram, file: &[u8]) -> Result<Loaded, Error> {
 pub(super) mod tests {
     use super::*;
 
-    /// An ELF file with one segment at `address` that holds `text`, and a note of `owner`.
+    /// An ELF file with one segment at `address` that holds `text`, in a section of code, and a note of `owner`.
     pub(in super::super) fn image(owner: &[u8], address: u64, text: &[u8]) -> Vec<u8> {
         let note_at = 64 + 2 * 56;
         let mut note = Vec::new();
@@ -104,9 +104,13 @@ pub(super) mod tests {
         let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
         file.extend([2u16, abi::EM_X86_64].iter().flat_map(|half| half.to_le_bytes()));
         file.extend(1u32.to_le_bytes());
-        file.extend([address, 64, 0].iter().flat_map(|word| word.to_le_bytes()));
+        file.extend(
+            [address, 64, (text_at + text.len()) as u64]
+                .iter()
+                .flat_map(|word| word.to_le_bytes()),
+        );
         file.extend(0u32.to_le_bytes());
-        file.extend([64u16, 56, 2, 64, 0, 0].iter().flat_map(|half| half.to_le_bytes()));
+        file.extend([64u16, 56, 2, 64, 2, 0].iter().flat_map(|half| half.to_le_bytes()));
         for (kind, at, address, bytes) in [
             (abi::PT_LOAD, text_at, address, text.len()),
             (abi::PT_NOTE, note_at, 0, note.len()),
@@ -117,6 +121,11 @@ pub(super) mod tests {
         }
         file.extend(note);
         file.extend(text);
+        file.extend([0; 64]);
+        file.extend([0, abi::SHT_PROGBITS].iter().flat_map(|word| word.to_le_bytes()));
+        let flags = u64::from(abi::SHF_ALLOC | abi::SHF_EXECINSTR);
+        let words = [flags, address, text_at as u64, text.len() as u64, 0, 1, 0];
+        file.extend(words.iter().flat_map(|word| word.to_le_bytes()));
         file
     }
 

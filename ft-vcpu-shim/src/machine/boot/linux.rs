@@ -144,6 +144,16 @@ mod tests {
     }
 
     #[test]
+    fn its_time_stamp_instructions_become_exits_and_those_of_a_bundled_guest_stay() {
+        for (owner, text) in [(&b"Linux\0"[..], [0xe5, 0xe4, 0xc3]), (b"GNU\0", [0x0f, 0x31, 0xc3])] {
+            let ram = Ram::new(4).unwrap();
+            let image = Image::open(elf::tests::image(owner, 0x20_0000, &[0x0f, 0x31, 0xc3])).unwrap();
+            image.load(&ram, "", None).unwrap();
+            assert_eq!(read(&ram, 0x20_0000), text);
+        }
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused_with_what_to_change() {
         let ram = Ram::new(4).unwrap();
         let image = Image::open(elf::tests::image(b"Linux\0", 0x20_0000, b"kernel")).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  file ─► bzImage? take the payload out ─► ELF ─► a Linux note in it? ─┬─ no: the bundled guest, boot info
-//!                                                                       └─ yes: zero page, initrd, ACPI tables
+//!                                                                       └─ yes: RDTSC rewritten, zero page, initrd, ACPI tables
 //! ```
 //! Both kinds are entered in 64-bit mode on the same tables: the protocol of the bundled guest is Linux' 64-bit boot protocol with another
 //! page at RSI.
@@ -16,7 +16,11 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::memory::Ram;
-use crate::{error::Error, platform::Guest};
+use crate::{
+    error::Error,
+    platform::Guest,
+    rewrite::{self, Kind},
+};
 
 const GDT: u64 = 0x500;
 /// Boot info or zero page.
@@ -53,12 +57,13 @@ pub struct Image {
 
 impl Image {
     /// Finds out what `file` is. A bzImage is decompressed here and not by its own stub: so the kernel's text is known before the guest
-    /// runs, and the kernel runs where it was linked, because it is the stub that would move it (KASLR).
+    /// runs, and the kernel runs where it was linked, because it is the stub that would move it (KASLR). RDTSC and RDTSCP in Linux' text
+    /// become exits.
     ///
     /// # Errors
-    /// A file that is neither a bzImage nor an ELF64 for x86-64.
+    /// A file that is neither a bzImage nor an ELF64 for x86-64, or a kernel that cannot be rewritten.
     pub fn open(file: Vec<u8>) -> Result<Self, Error> {
-        let elf = match bzimage::payload(&file)? {
+        let mut elf = match bzimage::payload(&file)? {
             Some(payload) => bzimage::decompress(payload)?,
             None => file,
         };
@@ -67,6 +72,14 @@ impl Image {
         } else {
             Guest::Bundled
         };
+        if guest == Guest::Linux {
+            let report = rewrite::image::rewrite(&mut elf).map_err(|error| Error::environment(error.to_string()))?;
+            tracing::info!(
+                "{} RDTSC and {} RDTSCP of the kernel rewritten",
+                report.count(Kind::Rdtsc),
+                report.count(Kind::Rdtscp)
+            );
+        }
         Ok(Self { guest, elf })
     }
 
