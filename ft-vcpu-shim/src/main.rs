@@ -22,7 +22,7 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Find the first stop at which two journals, or a journal and its replay, differ: exit status 0 the same, 1 different.
     Bisect(bisect::BisectArgs),
-    /// Show what the loader does to the RDTSC and RDTSCP of a kernel or module, without running it.
+    /// Show what the loader does to the RDTSC, RDTSCP and PAUSE of a kernel or module, without running it.
     Rewrite(rewrite::RewriteArgs),
 }
 

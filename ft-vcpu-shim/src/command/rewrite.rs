@@ -9,7 +9,7 @@ use crate::{
     rewrite::{Kind, Report, image},
 };
 
-/// Shows the RDTSC and RDTSCP sites of a kernel or a module.
+/// Shows the RDTSC, RDTSCP and PAUSE sites of a kernel or a module.
 #[derive(Args, Debug)]
 pub struct RewriteArgs {
     /// A vmlinux, or a kernel module: ELF for x86-64, not compressed.
@@ -41,9 +41,10 @@ pub fn rewrite(args: &RewriteArgs) -> Result<String, Error> {
 
 fn describe(report: &Report, list: bool) -> String {
     let mut text = format!(
-        "{} RDTSC and {} RDTSCP rewritten, {} of their byte patterns inside other instructions left alone\n",
+        "{} RDTSC, {} RDTSCP and {} PAUSE rewritten, {} byte patterns of the first two inside other instructions left alone\n",
         report.count(Kind::Rdtsc),
         report.count(Kind::Rdtscp),
+        report.count(Kind::Pause),
         report.operands.len()
     );
     for (kind, name) in [

@@ -1,9 +1,13 @@
-//! RDTSC and RDTSCP in kernel text become instructions that exit: KVM never exits for them, and what they read is the host's.
+//! RDTSC, RDTSCP and PAUSE in kernel text become instructions that exit: KVM never exits to userspace for them.
 //!
 //! ```text
-//!  0F 31      rdtsc    ──►  E5 E4      in eax, 0xE4        EDX:EAX from the log
+//!  0F 31      rdtsc    ──►  E5 E4      in eax, 0xE4        EDX:EAX from the log, not the host's
 //!  0F 01 F9   rdtscp   ──►  E5 E8 90   in eax, 0xE8; nop   EDX:EAX from the log, ECX (TSC_AUX) zero
+//!  F3 90      pause    ──►  E6 EC      out 0xEC, al        nothing: a stop point in every turn of a loop that waits
 //! ```
+//! A kernel that spins, on the only CPU there is, waits for an interrupt or for time to pass: Linux 6.12 spins for a lock that a sleeping reader
+//! holds until a timer interrupt ends it. Both happen at stop points only, and a loop without one would never end.
+//!
 //! The replacement is as long as the original, so nothing moves, and it is position independent, so the kernel may copy it out of
 //! `.altinstr_replacement` as it does the original. `in` reaches the shim from ring 0 only, as a stop point; kernel text runs there.
 //!
@@ -20,8 +24,11 @@ use thiserror::Error;
 pub const TSC_PORT: u8 = 0xe4;
 /// The same for RDTSCP.
 pub const TSCP_PORT: u8 = 0xe8;
+/// Port whose 1-byte `out` is a rewritten PAUSE.
+pub const PAUSE_PORT: u8 = 0xec;
 
 const IN_EAX_IMM8: u8 = 0xe5;
+const OUT_IMM8_AL: u8 = 0xe6;
 const NOP: u8 = 0x90;
 
 /// A range of executable bytes.
@@ -33,13 +40,15 @@ pub struct Section<'a> {
     pub bytes: &'a mut [u8],
 }
 
-/// Instructions whose result is not a function of the instructions before them.
+/// Instructions whose result is not a function of the instructions before them, or that wait for something outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// RDTSC: rewritten.
     Rdtsc,
     /// RDTSCP: rewritten.
     Rdtscp,
+    /// PAUSE: rewritten.
+    Pause,
     /// RDRAND: hidden by CPUID.
     Rdrand,
     /// RDSEED: hidden by CPUID.
@@ -62,11 +71,12 @@ pub struct Site {
 /// What was found and done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// RDTSC and RDTSCP: all rewritten.
+    /// RDTSC, RDTSCP and PAUSE: all rewritten.
     pub rewritten: Vec<Site>,
     /// What stays as it is and is reached only by code that CPUID turns off.
     pub hidden: Vec<Site>,
-    /// Addresses of byte patterns of RDTSC and RDTSCP inside other instructions.
+    /// Addresses of byte patterns of RDTSC and RDTSCP inside other instructions. Those of PAUSE are not worth a note: one that is missed
+    /// costs a delay and no equality.
     pub operands: Vec<u64>,
 }
 
@@ -115,7 +125,7 @@ pub enum RewriteError {
     },
 }
 
-/// Rewrites every RDTSC and RDTSCP in `sections`. After an error nothing has been written.
+/// Rewrites every RDTSC, RDTSCP and PAUSE in `sections`. After an error nothing has been written.
 ///
 /// # Errors
 /// [`RewriteError::Unsure`] and [`RewriteError::Prefixed`].
@@ -129,6 +139,7 @@ pub fn rewrite_text(sections: &mut [Section<'_>]) -> Result<Report, RewriteError
         let section = sections.iter_mut().find(holds).expect("found in one of them");
         let offset = offset_of(section, site.address).expect("just found");
         match site.kind {
+            Kind::Pause => section.bytes[offset..offset + 2].copy_from_slice(&[OUT_IMM8_AL, PAUSE_PORT]),
             Kind::Rdtscp => section.bytes[offset..offset + 3].copy_from_slice(&[IN_EAX_IMM8, TSCP_PORT, NOP]),
             _ => section.bytes[offset..offset + 2].copy_from_slice(&[IN_EAX_IMM8, TSC_PORT]),
         }
@@ -165,6 +176,16 @@ mod tests {
         assert_eq!(bytes, [0x0f, 0xae, 0xe8, 0xe5, 0xe4, 0xe5, 0xe8, 0x90, 0xc3]);
         assert_eq!((report.count(Kind::Rdtsc), report.count(Kind::Rdtscp)), (1, 1));
         assert_eq!(report.rewritten[0].address, 0x1003);
+    }
+
+    #[test]
+    fn a_loop_that_waits_exits_in_every_turn() {
+        // pause; jmp -4; and the same bytes in a constant: mov eax, 0x0090f300; repnz/rep nop with another prefix stays.
+        let code = [0xf3, 0x90, 0xeb, 0xfc, 0xb8, 0x00, 0xf3, 0x90, 0x00, 0x66, 0xf3, 0x90];
+        let (bytes, report) = rewrite(&code).unwrap();
+        assert_eq!(bytes[..4], [0xe6, 0xec, 0xeb, 0xfc]);
+        assert_eq!(bytes[4..], code[4..]);
+        assert_eq!((report.count(Kind::Pause), report.rewritten[0].address), (1, 0x1000));
     }
 
     #[test]
@@ -233,7 +254,8 @@ mod tests {
                 // Every pattern is accounted for: a site or an operand.
                 let patterns = code.windows(2).filter(|pair| *pair == [0x0f, 0x31]).count()
                     + code.windows(3).filter(|three| *three == [0x0f, 0x01, 0xf9]).count();
-                prop_assert_eq!(report.rewritten.len() + report.operands.len(), patterns);
+                let stamps = report.count(Kind::Rdtsc) + report.count(Kind::Rdtscp);
+                prop_assert_eq!(stamps + report.operands.len(), patterns);
             }
         }
     }

@@ -44,6 +44,13 @@ pub(super) fn sweep(address: u64, bytes: &[u8]) -> Result<Report, RewriteError> 
                 _ => report.operands.push(site),
             }
         }
+        // PAUSE with more prefixes, or where the disassembly is in doubt, stays: a stop point less and no difference.
+        if kind == Some(Kind::Pause) && instruction.len() == 2 && start >= doubted_until {
+            report.rewritten.push(Site {
+                address: address + start as u64,
+                kind: Kind::Pause,
+            });
+        }
         if let Some(kind @ (Kind::Rdrand | Kind::Rdseed | Kind::Rdpid | Kind::Rdpmc)) = kind {
             report.hidden.push(Site {
                 address: address + start as u64,
@@ -58,6 +65,7 @@ fn kind(instruction: &Instruction) -> Option<Kind> {
     match instruction.mnemonic() {
         Mnemonic::Rdtsc => Some(Kind::Rdtsc),
         Mnemonic::Rdtscp => Some(Kind::Rdtscp),
+        Mnemonic::Pause => Some(Kind::Pause),
         Mnemonic::Rdrand => Some(Kind::Rdrand),
         Mnemonic::Rdseed => Some(Kind::Rdseed),
         Mnemonic::Rdpid => Some(Kind::Rdpid),

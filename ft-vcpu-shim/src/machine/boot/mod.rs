@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  file ─► bzImage? take the payload out ─► ELF ─► a Linux note in it? ─┬─ no: the bundled guest, boot info
-//!                                                                       └─ yes: RDTSC rewritten, zero page, initrd, ACPI tables
+//!                                                                       └─ yes: text rewritten, zero page, initrd, ACPI tables
 //! ```
 //! Both kinds are entered in 64-bit mode on the same tables: the protocol of the bundled guest is Linux' 64-bit boot protocol with another
 //! page at RSI.
@@ -57,8 +57,8 @@ pub struct Image {
 
 impl Image {
     /// Finds out what `file` is. A bzImage is decompressed here and not by its own stub: so the kernel's text is known before the guest
-    /// runs, and the kernel runs where it was linked, because it is the stub that would move it (KASLR). RDTSC and RDTSCP in Linux' text
-    /// become exits.
+    /// runs, and the kernel runs where it was linked, because it is the stub that would move it (KASLR). RDTSC, RDTSCP and
+    /// PAUSE in Linux' text become exits.
     ///
     /// # Errors
     /// A file that is neither a bzImage nor an ELF64 for x86-64, or a kernel that cannot be rewritten.
@@ -75,9 +75,10 @@ impl Image {
         if guest == Guest::Linux {
             let report = rewrite::image::rewrite(&mut elf).map_err(|error| Error::environment(error.to_string()))?;
             tracing::info!(
-                "{} RDTSC and {} RDTSCP of the kernel rewritten",
+                "{} RDTSC, {} RDTSCP and {} PAUSE of the kernel rewritten",
                 report.count(Kind::Rdtsc),
-                report.count(Kind::Rdtscp)
+                report.count(Kind::Rdtscp),
+                report.count(Kind::Pause)
             );
         }
         Ok(Self { guest, elf })
