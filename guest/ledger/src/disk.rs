@@ -4,11 +4,12 @@ use crate::device::{Device, Features};
 use crate::machine::console::fatal;
 use crate::machine::static_cell::StaticCell;
 use crate::machine::traps::{Alarm, Doorbells, wait};
-use ledger::group::FLUSH_TAG;
-use ledger::ledger::{BlockDevice, Completion};
-use ledger::limits::{DISK_QUEUE_SIZE, READS_MAX};
-use ledger::opening::WaitableDevice;
+use ledger::limits::DISK_QUEUE_SIZE;
 use ledger::split_queue::{QueueMemory, Segment, SplitQueue};
+use ledger_core::group::FLUSH_TAG;
+use ledger_core::ledger::{BlockDevice, Completion};
+use ledger_core::limits::READS_MAX;
+use ledger_core::opening::WaitableDevice;
 use virtio_drivers::transport::DeviceType;
 
 const REGISTERS: usize = 0xD000_0000;

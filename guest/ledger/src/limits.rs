@@ -1,26 +1,11 @@
-//! Every limit of the guest. All memory is static; nothing grows.
+//! Every limit of the guest that is not the service's. All memory is static; nothing grows.
 
-/// Longest payload of a record, in bytes.
-pub const PAYLOAD_BYTES_MAX: usize = 256;
-/// Clients connected at the same time.
-pub const SESSIONS_MAX: usize = 32;
+use ledger_core::limits::{GROUP_WRITES_MAX, READS_MAX};
+
 /// Sessions kept free for new clients, if closed connections in TIME-WAIT are all that stands in the way.
 pub const LISTENERS_MIN: usize = 8;
-/// Started and not yet answered requests of one client.
-pub const SESSION_PENDING_MAX: usize = 64;
-/// TCP buffers of one client, in bytes.
-pub const SOCKET_RECEIVE_BYTES: usize = 32 * 1024;
-/// TCP buffers of one client, in bytes.
-pub const SOCKET_TRANSMIT_BYTES: usize = 32 * 1024;
-
-/// Records that share one flush.
-pub const GROUP_RECORDS_MAX: usize = 64;
-/// Records in one write request: a page.
-pub const WRITE_RECORDS_MAX: usize = 8;
-/// Write requests of one group.
-pub const GROUP_WRITES_MAX: usize = GROUP_RECORDS_MAX / WRITE_RECORDS_MAX;
-/// Records being read at the same time.
-pub const READS_MAX: usize = 32;
+/// An acknowledgment waits this long for an answer to ride on.
+pub const ACK_DELAY_MS: u64 = 5;
 
 /// Entries of the disk's virtqueue. A request takes three.
 pub const DISK_QUEUE_SIZE: usize = 128;
@@ -29,13 +14,5 @@ pub const NETWORK_QUEUE_SIZE: usize = 64;
 /// Bytes of a frame buffer: virtio header, Ethernet header, 1500 bytes.
 pub const FRAME_BUFFER_BYTES: usize = 1536;
 
-/// A session idle for longer makes room when a client finds all sessions taken.
-pub const SESSION_IDLE_NS: u64 = 10_000_000_000;
-/// How long an answered POWEROFF waits for the client's acknowledgment.
-pub const POWER_OFF_GRACE_NS: u64 = 2_000_000_000;
-/// An acknowledgment waits this long for an answer to ride on.
-pub const ACK_DELAY_MS: u64 = 5;
-
 const _: () = assert!((GROUP_WRITES_MAX + 1 + READS_MAX) * 3 <= DISK_QUEUE_SIZE);
-const _: () = assert!(GROUP_RECORDS_MAX.is_multiple_of(WRITE_RECORDS_MAX));
 const _: () = assert!(FRAME_BUFFER_BYTES >= 12 + 14 + 1500);

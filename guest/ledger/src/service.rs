@@ -2,13 +2,14 @@
 
 use crate::disk::Disk;
 use crate::machine::static_cell::StaticCell;
-use crate::session::{Round, Session};
-use ledger::chain::Head;
-use ledger::ledger::{Buffers, Ledger};
-use ledger::limits::{
-    ACK_DELAY_MS, LISTENERS_MIN, POWER_OFF_GRACE_NS, SESSION_IDLE_NS, SESSIONS_MAX, SOCKET_RECEIVE_BYTES,
-    SOCKET_TRANSMIT_BYTES,
+use crate::stream::Tcp;
+use ledger::limits::{ACK_DELAY_MS, LISTENERS_MIN};
+use ledger_core::chain::Head;
+use ledger_core::ledger::{Buffers, Ledger};
+use ledger_core::limits::{
+    POWER_OFF_GRACE_NS, SESSION_IDLE_NS, SESSIONS_MAX, SOCKET_RECEIVE_BYTES, SOCKET_TRANSMIT_BYTES,
 };
+use ledger_core::session::{Round, Session};
 use smoltcp::iface::{SocketHandle, SocketSet, SocketStorage};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::Duration;
@@ -99,7 +100,7 @@ impl Service {
                     disk,
                     powering_off: &mut self.powering_off,
                 };
-                self.sessions[index].step(socket, &mut round);
+                self.sessions[index].step(&mut Tcp(socket), &mut round);
             }
         }
         self.turn = (self.turn + 1) % SESSIONS_MAX;

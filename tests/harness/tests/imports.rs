@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 /// Everything of this workspace that each crate may import. Development dependencies are free: tests may look at anything.
-const ALLOWED: [(&str, &[&str]); 9] = [
+const ALLOWED: [(&str, &[&str]); 11] = [
     ("ft-protocol", &[]),
     ("ft-client", &["ft-protocol"]),
     ("ft-vhost", &["ft-client", "ft-protocol"]),
@@ -14,6 +14,8 @@ const ALLOWED: [(&str, &[&str]); 9] = [
     ("vhost-ft-net", &["ft-vhost", "ft-client", "ft-protocol"]),
     ("ft-vcpu-shim", &["ft-vhost", "ft-client", "ft-protocol"]),
     ("ft-harness", &[]),
+    ("ledger-core", &[]),
+    ("ledger-linux", &["ledger-core"]),
 ];
 
 /// Which crates of the workspace each of its crates imports, outside tests.

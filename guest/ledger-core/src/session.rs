@@ -8,11 +8,30 @@
 //! A request is begun only if its answer is sure to find room, so a client that does not read holds up nobody but itself.
 //! What is not begun stays in the receive buffer, and TCP's window slows the client.
 
-use crate::disk::Disk;
-use ledger::ledger::{Begun, Ledger, ReadSlot};
-use ledger::limits::SESSION_PENDING_MAX;
-use ledger::protocol::{ANSWER_BYTES_MAX, Answer, Operation, Parsed, REQUEST_BYTES_MAX, Status, parse};
-use smoltcp::socket::tcp::{Socket, State};
+use crate::ledger::{Begun, BlockDevice, Ledger, ReadSlot};
+use crate::limits::SESSION_PENDING_MAX;
+use crate::protocol::{ANSWER_BYTES_MAX, Answer, Operation, Parsed, REQUEST_BYTES_MAX, Status, parse};
+
+/// A connection: what has arrived and is not taken yet, and room for what is to go.
+pub trait Stream {
+    /// Copies the front of what has arrived; returns how much, which is all of it or `buffer` full.
+    fn peek(&mut self, buffer: &mut [u8]) -> usize;
+
+    /// Takes so many bytes from the front, or all there are.
+    fn consume(&mut self, bytes: usize);
+
+    /// How many bytes `send` takes now.
+    fn room(&self) -> usize;
+
+    /// Sends bytes for which there is room. A connection that is going down may drop them.
+    fn send(&mut self, bytes: &[u8]);
+
+    /// The client will send no more than what has arrived.
+    fn is_half_closed(&self) -> bool;
+
+    /// Closes our direction once everything is sent. May be called again.
+    fn close(&mut self);
+}
 
 #[derive(Clone, Copy)]
 enum Pending {
@@ -22,21 +41,21 @@ enum Pending {
 }
 
 /// What all sessions share in a round.
-pub(crate) struct Round<'a> {
+pub struct Round<'a, 'b, D> {
     /// Whose turn it is.
-    pub(crate) session: usize,
+    pub session: usize,
     /// Virtual time.
-    pub(crate) now_ns: u64,
+    pub now_ns: u64,
     /// The ledger.
-    pub(crate) ledger: &'a mut Ledger<'static>,
+    pub ledger: &'a mut Ledger<'b>,
     /// Its disk.
-    pub(crate) disk: &'a mut Disk,
+    pub disk: &'a mut D,
     /// The session that asked for power off, if one did: no other begins anything.
-    pub(crate) powering_off: &'a mut Option<usize>,
+    pub powering_off: &'a mut Option<usize>,
 }
 
 /// A session.
-pub(crate) struct Session {
+pub struct Session {
     pending: [Pending; SESSION_PENDING_MAX],
     first: usize,
     count: usize,
@@ -47,9 +66,15 @@ pub(crate) struct Session {
     active_ns: u64,
 }
 
+impl Default for Session {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Session {
     /// A session without a client.
-    pub(crate) const fn new() -> Self {
+    pub const fn new() -> Self {
         let none = Pending::Answered(Answer::refusal(Status::BadRequest, 0));
         Session {
             pending: [none; SESSION_PENDING_MAX],
@@ -62,17 +87,17 @@ impl Session {
     }
 
     /// Time of the last request, or of the connection.
-    pub(crate) fn active_ns(&self) -> u64 {
+    pub fn active_ns(&self) -> u64 {
         self.active_ns
     }
 
     /// Whether nothing waits for an answer.
-    pub(crate) fn is_answered(&self) -> bool {
+    pub fn is_answered(&self) -> bool {
         self.count == 0
     }
 
     /// The client is gone.
-    pub(crate) fn reset(&mut self, now_ns: u64, ledger: &mut Ledger<'static>) {
+    pub fn reset(&mut self, now_ns: u64, ledger: &mut Ledger<'_>) {
         while let Some(pending) = self.front() {
             if let Pending::Reading(slot) = pending {
                 ledger.release(slot);
@@ -85,7 +110,7 @@ impl Session {
     }
 
     /// The group is over: every append of this session was in it.
-    pub(crate) fn settle(&mut self, answer: impl Fn(u64) -> Answer) {
+    pub fn settle(&mut self, answer: impl Fn(u64) -> Answer) {
         for offset in 0..self.count {
             let pending = &mut self.pending[(self.first + offset) % SESSION_PENDING_MAX];
             if let Pending::Appending(n) = *pending {
@@ -95,46 +120,35 @@ impl Session {
     }
 
     /// Begins and answers as much as can be.
-    pub(crate) fn step(&mut self, socket: &mut Socket<'static>, round: &mut Round<'_>) {
+    pub fn step(&mut self, stream: &mut impl Stream, round: &mut Round<'_, '_, impl BlockDevice>) {
         if !self.connected {
             self.connected = true;
             self.active_ns = round.now_ns;
         }
         loop {
-            let begun = self.begin(socket, round);
-            let answered = self.answer(socket, round);
+            let begun = self.begin(stream, round);
+            let answered = self.answer(stream, round);
             if !(begun && answered) {
                 break;
             }
         }
         if self.closing {
             // What still comes is not for us, but the FIN behind it is.
-            while matches!(socket.recv(|bytes| (bytes.len(), bytes.len())), Ok(bytes) if bytes > 0) {}
+            stream.consume(usize::MAX);
         }
-        if self.count == 0 && (self.closing || self.is_half_closed(socket)) && socket.may_send() {
-            socket.close();
+        if self.count == 0 && (self.closing || is_half_closed(stream)) {
+            stream.close();
         }
-    }
-
-    /// The client will send no more, and what it sent holds no whole request.
-    fn is_half_closed(&self, socket: &mut Socket<'static>) -> bool {
-        let mut bytes = [0; REQUEST_BYTES_MAX];
-        socket.state() == State::CloseWait
-            && match socket.peek_slice(&mut bytes) {
-                Ok(length) => parse(&bytes[..length]) == Parsed::Incomplete,
-                Err(_) => true,
-            }
     }
 
     /// True if it stopped for want of a place in `pending` or in the transmit buffer.
-    fn begin(&mut self, socket: &mut Socket<'static>, round: &mut Round<'_>) -> bool {
+    fn begin(&mut self, stream: &mut impl Stream, round: &mut Round<'_, '_, impl BlockDevice>) -> bool {
         while !self.closing && round.powering_off.is_none_or(|session| session == round.session) {
-            let room = socket.send_capacity() - socket.send_queue();
-            if self.count == SESSION_PENDING_MAX || room < (self.count + 1) * ANSWER_BYTES_MAX {
+            if self.count == SESSION_PENDING_MAX || stream.room() < (self.count + 1) * ANSWER_BYTES_MAX {
                 return true;
             }
             let mut bytes = [0; REQUEST_BYTES_MAX];
-            let length = socket.peek_slice(&mut bytes).unwrap_or(0);
+            let length = stream.peek(&mut bytes);
             if length == 0 {
                 return false;
             }
@@ -160,15 +174,13 @@ impl Session {
             };
             self.push(pending);
             self.closing = request.operation == Operation::PowerOff;
-            let mut taken = [0; REQUEST_BYTES_MAX];
-            // The bytes were just seen there.
-            let _ = socket.recv_slice(&mut taken[..request.bytes]);
+            stream.consume(request.bytes);
         }
         false
     }
 
     /// Sends the answers that are ready, front first. True if it sent any.
-    fn answer(&mut self, socket: &mut Socket<'static>, round: &mut Round<'_>) -> bool {
+    fn answer(&mut self, stream: &mut impl Stream, round: &mut Round<'_, '_, impl BlockDevice>) -> bool {
         let mut answered = false;
         let mut buffer = [0; ANSWER_BYTES_MAX];
         while let Some(pending) = self.front() {
@@ -184,8 +196,8 @@ impl Session {
                     length
                 }
             };
-            // `begin` kept the room. A connection that is going down takes nothing; then nobody listens.
-            let _ = socket.send_slice(&buffer[..length]);
+            // `begin` kept the room.
+            stream.send(&buffer[..length]);
             self.pop();
             answered = true;
         }
@@ -213,5 +225,14 @@ impl Session {
     fn pop(&mut self) {
         self.first = (self.first + 1) % SESSION_PENDING_MAX;
         self.count -= 1;
+    }
+}
+
+/// The client will send no more, and what it sent holds no whole request.
+fn is_half_closed(stream: &mut impl Stream) -> bool {
+    let mut bytes = [0; REQUEST_BYTES_MAX];
+    stream.is_half_closed() && {
+        let length = stream.peek(&mut bytes);
+        parse(&bytes[..length]) == Parsed::Incomplete
     }
 }
