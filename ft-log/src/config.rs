@@ -77,21 +77,11 @@ fn file_name(name: &str) -> Result<String, String> {
 }
 
 impl Config {
-    /// Reads the command line; wrong usage ends the process with status 2.
-    #[must_use]
-    pub fn from_command_line() -> Self {
-        let config = Self::parse();
-        if let Err(message) = config.check() {
-            use clap::CommandFactory;
-            Self::command()
-                .error(clap::error::ErrorKind::ValueValidation, message)
-                .exit();
-        }
-        config
-    }
-
     /// What single options cannot see.
-    fn check(&self) -> Result<(), String> {
+    ///
+    /// # Errors
+    /// What is wrong, with the options it is about.
+    pub fn check(&self) -> Result<(), String> {
         if self.alone && self.role == Side::Backup {
             return Err("--alone is for --role primary: a backup alone has nothing to replay".into());
         }

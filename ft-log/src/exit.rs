@@ -18,6 +18,10 @@ pub enum Exit {
     Diverged = 5,
     /// A local sibling ended or broke the rules: so did this replica.
     LocalFailure = 6,
+    /// `dump`, `verify`, `stats`: the journal's last entry was not finished; everything before it is whole.
+    TornJournal = 7,
+    /// `dump`, `verify`, `stats`: something in the journal was changed, or is missing in its middle.
+    DamagedJournal = 8,
 }
 
 /// Why the daemon cannot start. Each is one line that tells the operator what to do.

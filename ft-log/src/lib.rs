@@ -8,15 +8,19 @@
 //!                       ft_protocol::Replica ◄─ events ┘  │ └─► [arbiter]        [heartbeat] ─┘ UDP
 //!                                            ── actions ──┘
 //! ```
+//! Beside the daemon, on files only: [inspect] (dump, verify, stats of a journal).
+//!
 //! One thread, one io_uring ([uring]), one loop ([daemon]). The decisions are `ft_protocol`'s.
 
 pub mod arbiter;
 pub mod channel;
+pub mod cli;
 pub mod clients;
 pub mod config;
 pub mod daemon;
 pub mod exit;
 pub mod heartbeat;
+pub mod inspect;
 pub mod journal_writer;
 pub mod local;
 pub mod merge;

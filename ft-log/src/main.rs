@@ -1,13 +1,28 @@
 //! The `ft-log` program.
 
-use std::{io::IsTerminal, process::ExitCode};
+use std::{
+    io::{self, IsTerminal},
+    process::ExitCode,
+};
 
-use ft_log::{config::Config, exit::Exit, start};
+use ft_log::{
+    cli::{Asked, Command},
+    config::Config,
+    exit::Exit,
+    inspect, start,
+};
 use tracing::error;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let config = Config::from_command_line();
+    let exit = match Asked::from_command_line() {
+        Asked::Daemon(config) => daemon(*config),
+        Asked::Command(Command::Inspect(command)) => inspect(&command),
+    };
+    ExitCode::from(exit as u8)
+}
+
+fn daemon(config: Config) -> Exit {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -15,12 +30,16 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
-    let exit = match start::run(config) {
-        Ok(exit) => exit,
-        Err(error) => {
-            error!("{error}");
-            Exit::Environment
-        }
-    };
-    ExitCode::from(exit as u8)
+    start::run(config).unwrap_or_else(|error| {
+        error!("{error}");
+        Exit::Environment
+    })
+}
+
+fn inspect(command: &inspect::Inspect) -> Exit {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    inspect::run(command, &mut out).unwrap_or_else(|error| {
+        eprintln!("ft-log: {error}");
+        Exit::Environment
+    })
 }

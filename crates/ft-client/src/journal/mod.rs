@@ -8,23 +8,26 @@
 //!  16 u32 generation      20 u32 index             24 u64 first LSN
 //!  32 u32 frame version   36 u8 length of the VM's name   40 the name, zero padded   104 zeros to 128
 //! ```
-//! Versions of the format: 1, the first.
+//! Versions of the format: 1, the first. The table of all formats is in docs/log-format.md.
 //!
 //! A journal ends where its writer was when it died. Bytes that are only *missing* at the very end are a [`TornTail`]: the
 //! reader ends there and says so. Bytes that are *wrong*, anywhere, are an error that names the entry and the place.
 
+mod error;
+
 use std::{
-    fmt, fs, io,
+    fmt, fs,
     path::{Path, PathBuf},
 };
 
 use ft_protocol::{
     entry::Entry,
-    frame::{self, FrameError},
+    frame,
     ids::{Generation, Lsn},
     limits::{FRAME_BYTES_MAX, HEADER_BYTES, VM_NAME_BYTES_MAX},
 };
-use thiserror::Error;
+
+pub use self::error::{Defect, JournalError, LastGood, TornTail};
 
 /// Version of the segment format.
 pub const JOURNAL_VERSION: u32 = 1;
@@ -111,8 +114,13 @@ impl SegmentHeader {
     /// The segment's file name.
     #[must_use]
     pub fn file_name(&self) -> String {
-        format!("{}.g{}.{:06}{SUFFIX}", self.vm, self.generation, self.index)
+        let (vm, generation) = (self.vm.clone(), self.generation);
+        segment_file_name(&JournalName { vm, generation }, self.index)
     }
+}
+
+fn segment_file_name(journal: &JournalName, index: u32) -> String {
+    format!("{}.g{}.{index:06}{SUFFIX}", journal.vm, journal.generation)
 }
 
 /// One journal: a VM and a generation.
@@ -140,8 +148,22 @@ fn parse_file_name(name: &str) -> Option<(JournalName, u32)> {
     Some((journal, index.parse().ok()?))
 }
 
+/// A segment, as its file name says.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SegmentFile {
+    /// The journal it belongs to.
+    pub journal: JournalName,
+    /// Its number.
+    pub index: u32,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
 /// Every segment in `directory`, in order.
-fn segments(directory: &Path) -> Result<Vec<(JournalName, u32, PathBuf)>, JournalError> {
+///
+/// # Errors
+/// A directory that cannot be read.
+pub fn segments(directory: &Path) -> Result<Vec<SegmentFile>, JournalError> {
     let failed = |source| JournalError::Io {
         path: directory.to_owned(),
         source,
@@ -150,7 +172,8 @@ fn segments(directory: &Path) -> Result<Vec<(JournalName, u32, PathBuf)>, Journa
     for entry in fs::read_dir(directory).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         if let Some((journal, index)) = entry.file_name().to_str().and_then(parse_file_name) {
-            found.push((journal, index, entry.path()));
+            let path = entry.path();
+            found.push(SegmentFile { journal, index, path });
         }
     }
     found.sort();
@@ -162,139 +185,9 @@ fn segments(directory: &Path) -> Result<Vec<(JournalName, u32, PathBuf)>, Journa
 /// # Errors
 /// A directory that cannot be read.
 pub fn journals(directory: &Path) -> Result<Vec<JournalName>, JournalError> {
-    let mut names: Vec<_> = segments(directory)?.into_iter().map(|(name, ..)| name).collect();
+    let mut names: Vec<_> = segments(directory)?.into_iter().map(|file| file.journal).collect();
     names.dedup();
     Ok(names)
-}
-
-/// The last entry that is whole, and where it ends.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct LastGood {
-    /// Its LSN; 0 if there is none.
-    pub lsn: Lsn,
-    /// File it is in.
-    pub path: PathBuf,
-    /// Offset of the first byte behind it.
-    pub end: u64,
-}
-
-impl fmt::Display for LastGood {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.lsn == Lsn::ZERO {
-            return f.write_str("no entry before it is whole");
-        }
-        let (lsn, path, end) = (self.lsn, self.path.display(), self.end);
-        write!(f, "the last good entry is {lsn}, which ends at byte {end} of {path}")
-    }
-}
-
-/// What is wrong with an entry.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-pub enum Defect {
-    /// The frame.
-    #[error(transparent)]
-    Frame(#[from] FrameError),
-    /// A whole entry of another LSN.
-    #[error("entry {found} stands here")]
-    Order {
-        /// Its LSN.
-        found: Lsn,
-    },
-    /// A whole entry of another generation.
-    #[error("the entry is of generation {found}")]
-    Generation {
-        /// Its generation.
-        found: Generation,
-    },
-    /// The frame's length was changed: it reaches beyond the end, but its own bytes or later entries are whole.
-    #[error("the frame's length was changed to {length}")]
-    Length {
-        /// The length it claims.
-        length: usize,
-    },
-    /// The segment ends inside the entry and another segment follows.
-    #[error("the segment ends inside the entry, and another one follows")]
-    Cut,
-}
-
-/// Why a journal cannot be read.
-#[derive(Debug, Error)]
-pub enum JournalError {
-    /// The file system.
-    #[error("{path}: {source}")]
-    Io {
-        /// File or directory.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// No journal there.
-    #[error("{directory}: no journal here (files named <vm>.g<generation>.<index>{SUFFIX})")]
-    Nothing {
-        /// The directory.
-        directory: PathBuf,
-    },
-    /// Several journals there.
-    #[error("{directory}: several journals here ({found}): put the one that is meant into a directory of its own")]
-    Several {
-        /// The directory.
-        directory: PathBuf,
-        /// Which.
-        found: String,
-    },
-    /// A segment is not there.
-    #[error("{path}: this segment is missing; {last_good}")]
-    Missing {
-        /// The file that should be there.
-        path: PathBuf,
-        /// What can be used.
-        last_good: LastGood,
-    },
-    /// A segment is not what its name and place say.
-    #[error("{path}: {reason}; {last_good}")]
-    Segment {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        reason: &'static str,
-        /// What can be used.
-        last_good: LastGood,
-    },
-    /// Bytes of an entry are wrong.
-    #[error("{path}: entry {lsn} at byte {offset} is damaged: {defect}; {last_good}")]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// Where the entry starts.
-        offset: u64,
-        /// Which entry should be there.
-        lsn: Lsn,
-        /// What is wrong.
-        defect: Defect,
-        /// What can be used.
-        last_good: LastGood,
-    },
-}
-
-/// Where a journal ends in the middle of an entry.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TornTail {
-    /// The file.
-    pub path: PathBuf,
-    /// Where the torn entry starts.
-    pub offset: u64,
-    /// Bytes of it that are there.
-    pub bytes: u64,
-}
-
-impl fmt::Display for TornTail {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (path, offset, bytes) = (self.path.display(), self.offset, self.bytes);
-        write!(
-            f,
-            "{path}: torn at byte {offset} ({bytes} bytes of an unfinished entry)"
-        )
-    }
 }
 
 /// Reads one journal, entry by entry.
@@ -302,6 +195,10 @@ impl fmt::Display for TornTail {
 pub struct JournalReader {
     name: JournalName,
     segments: Vec<PathBuf>,
+    /// Number of the first of them.
+    first_index: u32,
+    /// The next segment says where it begins: the first one of a journal whose beginning is not here, or one after damage.
+    trusts_first: bool,
     /// Segments opened so far; the last of them is in `bytes`.
     opened: usize,
     bytes: Vec<u8>,
@@ -338,37 +235,79 @@ impl JournalReader {
     /// # Errors
     /// [`JournalError`].
     pub fn open_named(directory: &Path, name: JournalName) -> Result<Self, JournalError> {
-        let mut found = Vec::new();
-        for (_, index, path) in segments(directory)?.into_iter().filter(|(of, ..)| *of == name) {
-            if index as usize != found.len() {
-                let missing = SegmentHeader {
-                    vm: name.vm.clone(),
-                    generation: name.generation,
-                    index: found.len() as u32,
-                    first: Lsn::ZERO,
-                };
-                return Err(JournalError::Missing {
-                    path: directory.join(missing.file_name()),
-                    last_good: LastGood::default(),
-                });
-            }
-            found.push(path);
-        }
-        if found.is_empty() {
+        Self::open_from(directory, name, Some(0))
+    }
+
+    /// Opens a journal whose first segments may be gone, because it keeps the last ones only: begins with what is there.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn open_retained(directory: &Path, name: JournalName) -> Result<Self, JournalError> {
+        Self::open_from(directory, name, None)
+    }
+
+    fn open_from(directory: &Path, name: JournalName, first: Option<u32>) -> Result<Self, JournalError> {
+        let mut found = segments(directory)?;
+        found.retain(|file| file.journal == name);
+        let Some(lowest) = found.first().map(|file| file.index) else {
             return Err(JournalError::Nothing {
                 directory: directory.to_owned(),
             });
+        };
+        let first_index = first.unwrap_or(lowest);
+        for (file, expected) in found.iter().zip(first_index..) {
+            if file.index != expected {
+                return Err(JournalError::Missing {
+                    path: directory.join(segment_file_name(&name, expected)),
+                    last_good: LastGood::default(),
+                });
+            }
         }
-        Ok(Self {
+        let paths = found.into_iter().map(|file| file.path).collect();
+        Ok(Self::over(name, paths, first_index))
+    }
+
+    /// Opens one segment by itself.
+    ///
+    /// # Errors
+    /// A file whose name is not a segment's.
+    pub fn open_segment_file(path: &Path) -> Result<Self, JournalError> {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let (name, index) = name.and_then(parse_file_name).ok_or_else(|| JournalError::Segment {
+            path: path.to_owned(),
+            reason: "its name is not that of a journal segment (<vm>.g<generation>.<index>.journal)",
+            last_good: LastGood::default(),
+        })?;
+        let mut reader = Self::over(name, vec![path.to_owned()], index);
+        reader.trusts_first = true;
+        Ok(reader)
+    }
+
+    fn over(name: JournalName, segments: Vec<PathBuf>, first_index: u32) -> Self {
+        Self {
             name,
-            segments: found,
+            segments,
+            first_index,
+            trusts_first: first_index > 0,
             opened: 0,
             bytes: Vec::new(),
             offset: 0,
             next: Lsn(1),
             last_good: LastGood::default(),
             torn: None,
-        })
+        }
+    }
+
+    /// The segments it reads, in order.
+    #[must_use]
+    pub fn segment_paths(&self) -> &[PathBuf] {
+        &self.segments
+    }
+
+    /// Number of the first segment; 0 unless the beginning is not here.
+    #[must_use]
+    pub fn first_index(&self) -> u32 {
+        self.first_index
     }
 
     /// Which journal this is.
@@ -427,6 +366,33 @@ impl JournalReader {
         Ok(Some((entry, bytes)))
     }
 
+    /// After an error: goes on at the next whole entry behind the damage, in this segment or a later one. `false` if there is none.
+    /// What was skipped is lost; a replay cannot go on there, but whoever looks for damage can.
+    pub fn skip_damage(&mut self) -> bool {
+        if self.opened > 0 && self.offset >= SEGMENT_HEADER_BYTES {
+            let (generation, least) = (self.name.generation, self.next);
+            let is_later = |bytes: &[u8]| {
+                let entry = whole_entry(bytes).filter(|entry| entry.generation == generation && entry.lsn >= least);
+                entry.map(|entry| entry.lsn)
+            };
+            let starts = self.offset + 1..self.bytes.len().saturating_sub(HEADER_BYTES - 1);
+            if let Some((at, lsn)) = starts
+                .into_iter()
+                .find_map(|at| Some((at, is_later(&self.bytes[at..])?)))
+            {
+                (self.offset, self.next) = (at, lsn);
+                return true;
+            }
+        }
+        // A header that was refused is one of a segment that is not open yet.
+        let is_header = self.opened == 0 || self.offset == self.bytes.len();
+        if is_header && self.opened < self.segments.len() {
+            self.opened += 1;
+        }
+        (self.bytes, self.offset, self.trusts_first) = (Vec::new(), 0, true);
+        self.opened < self.segments.len()
+    }
+
     fn path(&self) -> &Path {
         &self.segments[self.opened - 1]
     }
@@ -457,12 +423,15 @@ impl JournalReader {
             if header.vm != self.name.vm || header.generation != self.name.generation {
                 return Err(wrong("it belongs to another VM or generation than its name says"));
             }
-            if header.index as usize != self.opened {
+            if u64::from(header.index) != u64::from(self.first_index) + self.opened as u64 {
                 return Err(wrong("it is another segment than its name says"));
             }
-            if header.first != self.next {
+            if self.trusts_first {
+                self.next = header.first;
+            } else if header.first != self.next {
                 return Err(wrong("it does not go on where the segment before it ends"));
             }
+            self.trusts_first = false;
         }
         self.offset = if last && unfinished { 0 } else { SEGMENT_HEADER_BYTES };
         self.bytes = bytes;
@@ -525,6 +494,12 @@ impl JournalReader {
     }
 }
 
+/// The entry whose whole frame starts `bytes`.
+fn whole_entry(bytes: &[u8]) -> Option<Entry<'_>> {
+    let length = frame::peek_length(bytes).ok()??;
+    Entry::decode(bytes.get(..length)?).ok()
+}
+
 /// Whether a frame that reaches beyond `rest` does so only because its length is wrong: with the length that the end of the
 /// file gives it, it is whole, or whole frames of later entries stand behind it. A torn entry has neither.
 fn is_length_changed(rest: &[u8], lsn: Lsn) -> bool {
@@ -546,5 +521,4 @@ fn is_length_changed(rest: &[u8], lsn: Lsn) -> bool {
 }
 
 #[cfg(test)]
-#[path = "journal_tests.rs"]
 mod tests;

@@ -192,3 +192,78 @@ fn several_journals_in_a_directory_are_not_guessed_about() {
     };
     assert!(JournalReader::open_named(&scratch.0, name).is_ok());
 }
+
+#[test]
+fn what_is_behind_damage_can_still_be_looked_at() {
+    let scratch = Scratch::new("skip");
+    let (name, mut bytes) = segment(0, 1..=9);
+    // One bit in entry 3, one in the header of the second of three segments.
+    let third = SEGMENT_HEADER_BYTES + entry_bytes(1).len() + entry_bytes(2).len();
+    bytes[third + 30] ^= 1;
+    scratch.write(&(name, bytes));
+    let (name, mut bytes) = segment(1, 10..=12);
+    bytes[20] ^= 1;
+    scratch.write(&(name, bytes));
+    scratch.write(&segment(2, 13..=14));
+    let mut reader = JournalReader::open(&scratch.0).unwrap();
+    let (mut lsns, mut errors) = (Vec::new(), Vec::new());
+    loop {
+        match reader.next_entry() {
+            Ok(Some((entry, _))) => lsns.push(entry.lsn.0),
+            Ok(None) => break,
+            Err(error) => {
+                errors.push(error.to_string());
+                if !reader.skip_damage() {
+                    break;
+                }
+            }
+        }
+    }
+    assert_eq!(lsns, [1, 2, 4, 5, 6, 7, 8, 9, 13, 14]);
+    assert_eq!(errors.len(), 2);
+    assert!(
+        errors[0].contains("entry 3 at byte") && errors[1].contains("checksum of its header"),
+        "{errors:?}"
+    );
+}
+
+#[test]
+fn a_journal_that_keeps_its_last_segments_only_is_read_from_there_when_asked_to() {
+    let scratch = Scratch::new("retained");
+    scratch.write(&segment(2, 21..=25));
+    scratch.write(&segment(3, 26..=27));
+    assert!(matches!(
+        JournalReader::open(&scratch.0),
+        Err(JournalError::Missing { .. })
+    ));
+    let name = journals(&scratch.0).unwrap().remove(0);
+    let mut reader = JournalReader::open_retained(&scratch.0, name.clone()).unwrap();
+    let mut lsns = Vec::new();
+    while let Some((entry, _)) = reader.next_entry().unwrap() {
+        lsns.push(entry.lsn.0);
+    }
+    assert_eq!((reader.first_index(), lsns), (2, (21..=27).collect()));
+    // One in the middle is another matter.
+    scratch.write(&segment(5, 40..=41));
+    assert!(matches!(
+        JournalReader::open_retained(&scratch.0, name),
+        Err(JournalError::Missing { .. })
+    ));
+    let mut one = JournalReader::open_segment_file(&scratch.0.join("ledger.g1.000005.journal")).unwrap();
+    assert_eq!(one.next_entry().unwrap().unwrap().0.lsn, Lsn(40));
+}
+
+#[test]
+fn a_torn_tail_that_was_cut_off_leaves_a_whole_journal() {
+    let scratch = Scratch::new("cut-off");
+    let (name, bytes) = segment(0, 1..=4);
+    for length in [bytes.len() - 3, SEGMENT_HEADER_BYTES + 1, SEGMENT_HEADER_BYTES - 1, 0] {
+        scratch.write(&(name.clone(), bytes[..length].to_vec()));
+        let (whole, torn) = read_all(&scratch.0).unwrap();
+        torn.unwrap().cut().unwrap();
+        match read_all(&scratch.0) {
+            Ok(read) => assert_eq!(read, (whole, None)),
+            Err(error) => assert!(length < SEGMENT_HEADER_BYTES && matches!(error, JournalError::Nothing { .. })),
+        }
+    }
+}
