@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use ft_vhost::{
     conventions::Conventions,
     daemon::{self, Signals},
     exit::End,
     guest_side::blk::{Geometry, ID_BYTES, QUEUES_MAX},
+    session::operator,
 };
+use tracing::info;
 
 use crate::{
     disk::{Disk, SERIAL},
@@ -20,8 +22,10 @@ const CAPABILITIES: &[&str] = &["read-only", "blk-file"];
 
 /// vhost-user block device on a raw image. Exit codes: 0 ordinary end, 2 wrong usage, 3 environment, 4 halted, 6 this replica failed.
 #[derive(Debug, Parser)]
-#[command(name = "vhost-ft-blk", version)]
+#[command(name = "vhost-ft-blk", version, args_conflicts_with_subcommands = true)]
 pub struct Arguments {
+    #[command(subcommand)]
+    order: Option<Order>,
     #[command(flatten)]
     conventions: Conventions,
     /// Raw image; its size is the disk's, a multiple of 512 bytes.
@@ -41,6 +45,29 @@ pub struct Arguments {
     serial: String,
 }
 
+/// What an operator tells a daemon that runs.
+#[derive(Debug, Subcommand)]
+enum Order {
+    /// Give the disk a new size; the guest is told.
+    Resize {
+        /// The daemon's --control.
+        #[arg(long, value_name = "SOCK")]
+        control: PathBuf,
+        /// Make the image this long first. Without it: look how long it is by now.
+        bytes: Option<u64>,
+    },
+}
+
+impl Order {
+    fn give(self) -> Result<(), End> {
+        let Self::Resize { control, bytes } = self;
+        let line = bytes.map_or_else(|| "resize".into(), |bytes| format!("resize {bytes}"));
+        let done = operator::command(&control, &line).map_err(End::environment)?;
+        info!("{done}");
+        Ok(())
+    }
+}
+
 fn serial(text: &str) -> Result<String, String> {
     match text.len() {
         0..=ID_BYTES => Ok(text.into()),
@@ -53,6 +80,9 @@ fn serial(text: &str) -> Result<String, String> {
 /// # Errors
 /// [`End`].
 pub fn run(arguments: Arguments) -> Result<(), End> {
+    if let Some(order) = arguments.order {
+        return order.give();
+    }
     let conventions = &arguments.conventions;
     if let Some(capabilities) = conventions.capabilities("block", CAPABILITIES) {
         println!("{capabilities}");

@@ -273,6 +273,14 @@ impl Device for Disk {
         }
     }
 
+    fn resize(&mut self, bytes: Option<u64>) -> Result<Vec<u8>, String> {
+        self.image.resize(bytes)?;
+        self.guest.resize(self.image.sectors());
+        let mut config = self.guest.config();
+        config[CONFIG_WRITEBACK_OFFSET as usize] = u8::from(!self.write_through);
+        Ok(config)
+    }
+
     fn start(&mut self, life: Life, _io: &mut Uring) -> Result<(), End> {
         self.life = life;
         Ok(())

@@ -67,6 +67,7 @@ pub enum ImageError {
 pub struct Image {
     file: File,
     bytes: u64,
+    block_bytes: u32,
     read_only: bool,
 }
 
@@ -88,8 +89,7 @@ impl Image {
             Errno::EAGAIN | Errno::EACCES => ImageError::Locked(path.into()),
             errno => open(errno.into()),
         })?;
-        // A block device has its size here too, not in its metadata.
-        let bytes = file.seek(SeekFrom::End(0)).map_err(open)?;
+        let bytes = measure(&mut file).map_err(open)?;
         if bytes < SECTOR_BYTES {
             return Err(ImageError::TooSmall(path.into()));
         }
@@ -101,7 +101,44 @@ impl Image {
                 block_bytes,
             });
         }
-        Ok(Self { file, bytes, read_only })
+        Ok(Self {
+            file,
+            bytes,
+            block_bytes,
+            read_only,
+        })
+    }
+
+    /// Makes a file that many bytes long, or (`None`) looks how long it is by now. A disk in use only grows on demand; what was made
+    /// shorter elsewhere is gone already.
+    ///
+    /// # Errors
+    /// What the operator is to know. The size is then as it was.
+    pub fn resize(&mut self, bytes: Option<u64>) -> Result<(), String> {
+        let block_bytes = u64::from(self.block_bytes);
+        if let Some(wanted) = bytes {
+            if wanted < self.bytes {
+                return Err(format!(
+                    "the disk has {} bytes: it is not made smaller while a guest may use it",
+                    self.bytes
+                ));
+            }
+            if !wanted.is_multiple_of(block_bytes) {
+                return Err(format!("{wanted} bytes are not a multiple of {block_bytes}"));
+            }
+            self.file.set_len(wanted).map_err(|error| {
+                format!("the image cannot be made larger: {error}. Of a block device, resize that, then say resize")
+            })?;
+        }
+        let found = measure(&mut self.file).map_err(|error| error.to_string())?;
+        // A part of a block at the end is not part of the disk.
+        let whole = found - found % block_bytes;
+        if whole == 0 {
+            return Err("nothing is left of the image".into());
+        }
+        info!(bytes = whole, before = self.bytes, "the image has a new size");
+        self.bytes = whole;
+        Ok(())
     }
 
     /// Sectors of the disk.
@@ -173,6 +210,11 @@ impl Image {
     }
 }
 
+/// Bytes of an image. A block device has its size here too, not in its metadata.
+fn measure(file: &mut File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
 fn lock_patiently(file: &File, shared: bool, patience: Duration) -> nix::Result<()> {
     let deadline = Instant::now() + patience;
     loop {
@@ -240,6 +282,22 @@ mod tests {
         assert!(matches!(refused, Err(ImageError::PartBlock { bytes: 1000, .. })));
         let refused = Image::open(Path::new("/nonexistent/image"), false, 512, Duration::ZERO);
         assert!(matches!(refused, Err(ImageError::Open { .. })));
+    }
+
+    #[test]
+    fn an_image_grows_on_demand_and_is_measured_again() {
+        let file = image(4096);
+        let mut open = Image::open(file.path(), false, 4096, Duration::ZERO).unwrap();
+        open.resize(Some(8192)).unwrap();
+        assert_eq!((open.sectors(), file.as_file().metadata().unwrap().len()), (16, 8192));
+        assert!(open.resize(Some(4096)).unwrap_err().contains("not made smaller"));
+        assert!(open.resize(Some(8200)).unwrap_err().contains("not a multiple"));
+        file.as_file().set_len(3 * 4096 + 1).unwrap();
+        open.resize(None).unwrap();
+        assert_eq!(open.sectors(), 24);
+        file.as_file().set_len(100).unwrap();
+        assert!(open.resize(None).unwrap_err().contains("nothing is left"));
+        assert_eq!(open.sectors(), 24);
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod support;
 
 use std::{fs::File, os::unix::fs::FileExt, path::PathBuf, process::Command};
 
+use ft_vhost::guest_side::dirty::GuestMemoryMmap;
 use nix::unistd::{Whence, lseek};
 use support::{
     daemon::{Daemon, fails, text},
@@ -12,7 +13,6 @@ use support::{
     frontend::{Session, complete, complete_on},
 };
 use tempfile::TempDir;
-use vm_memory::GuestMemoryMmap;
 
 const BYTES: u64 = 4 << 20;
 const DISCARD: u32 = 11;

@@ -20,6 +20,7 @@ use std::{
 
 use ft_client::gate::{Answer, Request};
 use ft_protocol::{Generation, Lsn, Role};
+use ft_vhost::guest_side::dirty::GuestMemoryMmap;
 use support::{
     daemon::{Daemon, fails, text},
     driver::{Driver, memory, readable, writable},
@@ -27,7 +28,6 @@ use support::{
     ft_log::{FtLog, Joined},
 };
 use tempfile::TempDir;
-use vm_memory::GuestMemoryMmap;
 use wire::{Wire, frame};
 
 const ALL_FEATURES: u64 = u64::MAX;

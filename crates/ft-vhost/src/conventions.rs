@@ -31,6 +31,9 @@ pub struct Conventions {
     /// Name of this device in the VM, as in ft-log's --devices.
     #[arg(long, value_name = "NAME", requires = "ft_log")]
     device: Option<String>,
+    /// Socket for the operator's commands while the daemon runs.
+    #[arg(long, value_name = "SOCK")]
+    control: Option<PathBuf>,
     /// Append one JSON object per event to this file.
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
@@ -67,6 +70,7 @@ impl Conventions {
             source,
             membership: self.membership(),
             events: self.events.clone(),
+            control: self.control.clone(),
         }
     }
 }

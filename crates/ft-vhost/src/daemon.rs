@@ -5,6 +5,7 @@ use std::{
     os::fd::{AsRawFd, RawFd},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
 };
 
 use ft_client::{events::Events, handshake};
@@ -19,7 +20,8 @@ use crate::{
     device::{Device, Uring, alone::Alone, gated::Gated},
     exit::{End, Status},
     service::Service,
-    session::{self, Description, Frontends, Source},
+    session::{self, ConfigSpace, Description, Frontends, Listener, Source, operator},
+    shared_file,
 };
 
 const TOKEN_DONE: u64 = 0;
@@ -120,6 +122,8 @@ pub struct Options {
     pub membership: Option<Membership>,
     /// Where events go.
     pub events: Option<PathBuf>,
+    /// Where operators' commands come from.
+    pub control: Option<PathBuf>,
 }
 
 /// Serves `device` until the end. `fingerprint` names what must be equal on both hosts; it is asked for only where there are two.
@@ -137,19 +141,37 @@ pub fn serve<D: Device>(
         let path = options.events.as_deref().unwrap_or(Path::new("")).display();
         End::environment(format!("cannot open --events {path}: {error}"))
     })?;
+    shared_file::end_clearly_on_sigbus().map_err(End::environment)?;
     let frontends = Frontends::open(&options.source).map_err(End::environment)?;
-    let (sender, commands) = session::channel().map_err(End::environment)?;
+    let control = options
+        .control
+        .as_deref()
+        .map(Listener::bind)
+        .transpose()
+        .map_err(End::environment)?;
+    let (sender, mut receivers) = session::channel(1).map_err(End::environment)?;
+    let commands = receivers.remove(0);
+    let sender = Arc::new(sender);
     let guest = device.guest();
     let description = Description {
         features: guest.features(),
-        config: guest.config(),
+        config: ConfigSpace::new(guest.config()),
         queues: guest.queue_count(),
         tracks_inflight: options.membership.is_none() && guest.tracks_inflight(),
+        alone: options.membership.is_none(),
     };
+    if let Some(control) = &control {
+        let listener = control.try_clone().map_err(End::environment)?;
+        let (config, sender) = (description.config.clone(), Arc::clone(&sender));
+        std::thread::Builder::new()
+            .name("operator".into())
+            .spawn(move || operator::serve(&listener, &config, &sender))
+            .map_err(End::environment)?;
+    }
     let accepting = frontends.accepting().map_err(End::environment)?;
     std::thread::Builder::new()
         .name("control".into())
-        .spawn(move || session::serve(accepting, &description, sender))
+        .spawn(move || session::serve(accepting, &description, &sender))
         .map_err(End::environment)?;
     info!(socket = %options.source, "listening");
     let service = Service::from_environment();

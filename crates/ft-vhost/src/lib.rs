@@ -14,3 +14,4 @@ pub mod exit;
 pub mod guest_side;
 pub mod service;
 pub mod session;
+mod shared_file;

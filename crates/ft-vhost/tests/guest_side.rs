@@ -5,11 +5,12 @@ mod support;
 use ft_vhost::guest_side::{
     GuestSide, QueueSetup, RingError,
     blk::{BlkGuestSide, Geometry, Kind, REQUEST_BYTES_MAX, completion_header, completions},
+    dirty::GuestMemoryMmap,
     net::{NetGuestSide, RECEIVE, TRANSMIT, WAITING_FRAMES_MAX},
 };
 use proptest::prelude::*;
 use support::driver::{BlkDriver, Buffer, Driver, MEMORY_BYTES, memory, readable, writable};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 const SECTORS: u64 = 1000;
 

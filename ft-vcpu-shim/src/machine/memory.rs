@@ -2,9 +2,10 @@
 
 use std::{fs::File, os::fd::AsRawFd};
 
+use ft_vhost::guest_side::dirty::GuestMemoryMmap;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost::VhostUserMemoryRegionInfo;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::error::Error;
 

@@ -4,16 +4,15 @@ use std::os::fd::AsRawFd;
 
 use ft_client::events::{Events, monotonic_ns};
 use tracing::{error, info};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Completion, Device, Input, LOOP_TOKENS, Life, Uring, earliest, until, uring::PollHandle};
 use crate::{
     daemon::Signals,
     exit::End,
-    guest_side::{Outcome, RingError},
+    guest_side::{Outcome, RingError, dirty::GuestMemoryMmap},
     service::Service,
-    session::{Command, CommandReceiver, Reply},
+    session::{Answer, Command, CommandReceiver, QueueCommand, Reply, SharedCommand},
 };
 
 const TOKEN_COMMANDS: u64 = LOOP_TOKENS;
@@ -42,6 +41,15 @@ impl Line {
     }
 }
 
+/// What is answered once nothing is in flight.
+#[derive(Clone, Copy, Debug)]
+enum Waits {
+    /// This queue stops.
+    Queue(u16),
+    /// The frontend left.
+    Frontend,
+}
+
 /// The loop.
 #[derive(Debug)]
 pub struct Alone<D> {
@@ -52,7 +60,7 @@ pub struct Alone<D> {
     events: Events,
     service: Service,
     lines: Vec<Line>,
-    stopping: Option<(u16, Reply)>,
+    waiting: Option<(Waits, Reply)>,
     sequence: u64,
     ending: bool,
 }
@@ -78,7 +86,7 @@ impl<D: Device> Alone<D> {
             events,
             service,
             lines,
-            stopping: None,
+            waiting: None,
             sequence: 0,
             ending: false,
         })
@@ -98,7 +106,7 @@ impl<D: Device> Alone<D> {
             }
             self.drain_kicked()?;
             self.deliver()?;
-            self.finish_stop();
+            self.answer_idle();
             if self.ending && self.device.is_idle() {
                 info!("drained; the end");
                 return Ok(());
@@ -149,62 +157,66 @@ impl<D: Device> Alone<D> {
 
     fn command(&mut self, command: Command, reply: Reply) {
         let answer = match command {
-            Command::Memory(memory) => {
-                self.device.guest().set_memory(memory);
-                Ok(0)
+            Command::Queue(queue, QueueCommand::Stop) => {
+                // What is in flight completes first: the frontend takes the ring away.
+                self.quiet(queue.into());
+                self.wait_idle(Waits::Queue(queue), reply);
+                return;
             }
-            Command::Features(features) => {
-                self.device.set_features(features);
-                Ok(0)
+            Command::Shared(SharedCommand::Left) => {
+                for queue in 0..self.lines.len() {
+                    self.quiet(queue);
+                    self.lines[queue].call = None;
+                    self.lines[queue].error = None;
+                }
+                self.wait_idle(Waits::Frontend, reply);
+                return;
             }
-            Command::Inflight(region) => {
-                self.device.guest().set_inflight(Some(region));
-                Ok(0)
-            }
-            Command::Config { offset, bytes } => self.device.set_config(offset, &bytes).map(|()| 0),
-            Command::Start {
-                queue,
+            Command::Queue(queue, command) => self.queue_command(queue, command),
+            Command::Shared(command) => self.shared_command(command),
+        };
+        reply.answer(answer);
+    }
+
+    fn queue_command(&mut self, queue: u16, command: QueueCommand) -> Result<Answer, String> {
+        match command {
+            QueueCommand::Start {
                 setup,
                 kick,
                 call,
                 error,
             } => {
                 let configured = self.device.guest().configure_queue(queue, &setup);
-                if configured.is_ok() {
-                    self.listen(queue.into(), kick, call, error);
-                }
-                configured.map(|()| 0).map_err(|error| error.to_string())
+                configured.map_err(|error| error.to_string())?;
+                self.listen(queue.into(), kick, call, error);
             }
-            Command::Call { queue, call } => {
-                self.lines[usize::from(queue)].call = call;
-                Ok(0)
-            }
-            Command::Stop { queue } => {
-                // What is in flight completes first: the frontend takes the ring away.
-                self.quiet(queue.into());
-                let other = self.stopping.replace((queue, reply));
-                assert!(other.is_none(), "the control thread waits for each answer");
-                return;
-            }
-            Command::Left => {
-                for queue in 0..self.lines.len() {
-                    self.quiet(queue);
-                    self.lines[queue].call = None;
-                    self.lines[queue].error = None;
-                }
-                self.device.guest().reset();
-                self.device.guest().set_inflight(None);
-                // Holding on to the mapping would keep the memory of a VM that is gone.
-                self.device.guest().set_memory(GuestMemoryMmap::new());
-                Ok(0)
-            }
-            Command::Close => {
+            QueueCommand::Call(call) => self.lines[usize::from(queue)].call = call,
+            QueueCommand::Stop => unreachable!("it waits until the device is idle"),
+        }
+        Ok(Answer::Done)
+    }
+
+    fn shared_command(&mut self, command: SharedCommand) -> Result<Answer, String> {
+        match command {
+            SharedCommand::Memory(memory) => self.device.guest().set_memory(memory),
+            SharedCommand::Features(features) => self.device.set_features(features),
+            SharedCommand::Inflight(region) => self.device.guest().set_inflight(Some(region)),
+            SharedCommand::Config { offset, bytes } => self.device.set_config(offset, &bytes)?,
+            SharedCommand::Resize(bytes) => return self.device.resize(bytes).map(Answer::Config),
+            // Taken between two writes to guest memory, it is between them.
+            SharedCommand::Barrier => {}
+            SharedCommand::Close => {
                 info!("no other frontend can come: draining");
                 self.end();
-                Ok(0)
             }
-        };
-        reply.answer(answer);
+            SharedCommand::Left => unreachable!("it waits until the device is idle"),
+        }
+        Ok(Answer::Done)
+    }
+
+    fn wait_idle(&mut self, waits: Waits, reply: Reply) {
+        let other = self.waiting.replace((waits, reply));
+        assert!(other.is_none(), "the control thread waits for each answer");
     }
 
     fn listen(&mut self, queue: usize, kick: Option<EventFd>, call: Option<EventFd>, error: Option<EventFd>) {
@@ -279,11 +291,24 @@ impl<D: Device> Alone<D> {
         }
     }
 
-    fn finish_stop(&mut self) {
-        if self.device.is_idle()
-            && let Some((queue, reply)) = self.stopping.take()
-        {
-            reply.answer(Ok(self.device.guest().stop_queue(queue)));
+    /// Answers what waits for the device to be idle.
+    fn answer_idle(&mut self) {
+        if !self.device.is_idle() {
+            return;
         }
+        let Some((waits, reply)) = self.waiting.take() else {
+            return;
+        };
+        let guest = self.device.guest();
+        reply.answer(Ok(match waits {
+            Waits::Queue(queue) => Answer::Index(guest.stop_queue(queue)),
+            Waits::Frontend => {
+                guest.reset();
+                guest.set_inflight(None);
+                // Holding on to the mapping would keep the memory of a VM that is gone.
+                guest.set_memory(GuestMemoryMmap::new());
+                Answer::Done
+            }
+        }));
     }
 }

@@ -15,7 +15,7 @@ use std::{
 use ft_client::{
     DeviceGate, LogWriter, Region,
     events::{Events, monotonic_ns},
-    gate::{Answer, Request},
+    gate::{self, Request},
     handshake::{self, DeviceSession},
     log::Urgency,
 };
@@ -30,7 +30,7 @@ use crate::{
     exit::End,
     guest_side::Outcome,
     service::Service,
-    session::{Command, CommandReceiver},
+    session::{Answer, Command, CommandReceiver, QueueCommand, SharedCommand},
 };
 
 const TOKEN_COMMANDS: u64 = LOOP_TOKENS;
@@ -74,7 +74,7 @@ pub struct Gated<D> {
     waiting: VecDeque<Waiting>,
     waiting_bytes: usize,
     /// An answer that waits until the device has room again.
-    withheld: Option<Answer>,
+    withheld: Option<gate::Answer>,
     ended: bool,
 }
 
@@ -233,23 +233,28 @@ impl<D: Device> Gated<D> {
     }
 
     /// What the frontend, which is the shim, changes: the vCPU is stopped while it waits for the answer.
-    fn command(&mut self, command: Command) -> Result<u16, String> {
+    fn command(&mut self, command: Command) -> Result<Answer, String> {
         let guest = self.device.guest();
         match command {
-            Command::Memory(memory) => guest.set_memory(memory),
-            Command::Features(features) => self.device.set_features(features),
-            Command::Inflight(_) => return Err("a replica whose device dies is over: nothing is taken up".into()),
+            Command::Shared(SharedCommand::Memory(memory)) => guest.set_memory(memory),
+            Command::Shared(SharedCommand::Features(features)) => self.device.set_features(features),
+            Command::Shared(SharedCommand::Inflight(_)) => {
+                return Err("a replica whose device dies is over: nothing is taken up".into());
+            }
             // It would have to happen at a position.
-            Command::Config { .. } => return Err("the configuration space of a protected VM is read-only".into()),
+            Command::Shared(SharedCommand::Config { .. }) => {
+                return Err("the configuration space of a protected VM is read-only".into());
+            }
+            Command::Shared(SharedCommand::Resize(_)) => return Err("the disk of a protected VM keeps its size".into()),
+            Command::Shared(SharedCommand::Left | SharedCommand::Close) => debug!("the shim's connection ended"),
             // Kicks and interrupts go through the gate.
-            Command::Start { queue, setup, .. } => guest
+            Command::Queue(queue, QueueCommand::Start { setup, .. }) => guest
                 .configure_queue(queue, &setup)
                 .map_err(|error| error.to_string())?,
-            Command::Call { .. } => {}
-            Command::Stop { queue } => return Ok(guest.stop_queue(queue)),
-            Command::Left | Command::Close => debug!("the shim's connection ended"),
+            Command::Queue(queue, QueueCommand::Stop) => return Ok(Answer::Index(guest.stop_queue(queue))),
+            Command::Queue(_, QueueCommand::Call(_)) | Command::Shared(SharedCommand::Barrier) => {}
         }
-        Ok(0)
+        Ok(Answer::Done)
     }
 
     fn serve_gate(&mut self) -> Result<(), End> {
@@ -259,7 +264,7 @@ impl<D: Device> Gated<D> {
         let mut spins = 0;
         loop {
             if let Some(outcome) = self.serve_request()? {
-                let answer = Answer {
+                let answer = gate::Answer {
                     interrupt: outcome.interrupt,
                     digest: outcome.digest,
                 };

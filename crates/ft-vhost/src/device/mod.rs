@@ -56,6 +56,14 @@ pub trait Device {
         Err("the configuration space is read-only".into())
     }
 
+    /// The operator gave the device `bytes`, or changed what is behind it (`None`); gives the configuration space from here on.
+    ///
+    /// # Errors
+    /// Why it cannot be.
+    fn resize(&mut self, _bytes: Option<u64>) -> Result<Vec<u8>, String> {
+        Err("this device has no size".into())
+    }
+
     /// The device begins its life.
     ///
     /// # Errors

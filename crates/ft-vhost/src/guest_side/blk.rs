@@ -14,11 +14,12 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{
     GuestSide, Outcome, QueueSetup, RingError,
+    dirty::GuestMemoryMmap,
     inflight::InflightRegion,
     ring::{Ring, Segment, copy_from_guest, copy_to_guest, skip_bytes, total_bytes},
 };

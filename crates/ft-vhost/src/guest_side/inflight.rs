@@ -18,6 +18,8 @@ use std::{
 use thiserror::Error;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, mmap::MmapRegionError};
 
+use crate::shared_file::keep_length;
+
 const VERSION: u16 = 1;
 const HEADER_BYTES: usize = 16;
 const DESCRIPTOR_BYTES: usize = 16;
@@ -87,6 +89,7 @@ impl InflightRegion {
     /// [`InflightError`].
     pub fn map(file: File, offset: u64, bytes: u64, queues: u16, queue_size: u16) -> Result<Self, InflightError> {
         let needed = Self::bytes(queues, queue_size);
+        keep_length(&file);
         let length = file.metadata()?.len();
         let inside = offset.checked_add(bytes).is_some_and(|end| end <= length);
         if !inside || bytes < needed as u64 || needed == 0 {

@@ -20,12 +20,11 @@
 //! ```
 //! An offline replay that performs nothing drops what the guest asked for with [`GuestSide::discard_outputs`] after each kick.
 
+use self::{dirty::GuestMemoryMmap, inflight::InflightRegion};
 use thiserror::Error;
-use vm_memory::GuestMemoryMmap;
-
-use self::inflight::InflightRegion;
 
 pub mod blk;
+pub mod dirty;
 pub mod inflight;
 pub mod net;
 pub mod ring;

@@ -15,11 +15,11 @@ use virtio_bindings::{
     virtio_net::VIRTIO_NET_F_MAC,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use vm_memory::GuestMemoryMmap;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{
     GuestSide, Outcome, QueueSetup, RingError,
+    dirty::GuestMemoryMmap,
     ring::{Ring, Segment, copy_from_guest, copy_to_guest, skip_bytes, total_bytes},
 };
 

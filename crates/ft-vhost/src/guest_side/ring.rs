@@ -7,9 +7,9 @@ use std::{collections::VecDeque, sync::atomic::Ordering};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
-use super::{QUEUE_SIZE_MAX, QueueSetup, RingError, inflight::InflightQueue};
+use super::{QUEUE_SIZE_MAX, QueueSetup, RingError, dirty::GuestMemoryMmap, inflight::InflightQueue};
 
 const DESCRIPTOR_BYTES: u64 = 16;
 

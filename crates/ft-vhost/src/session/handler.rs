@@ -20,28 +20,28 @@ use tracing::{debug, error};
 use vhost::vhost_user::{
     Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
     message::{
-        VHOST_USER_CONFIG_OFFSET, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
-        VhostUserInflight, VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
-        VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
-        VhostUserVringState,
+        VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+        VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+        VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
     },
 };
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::{virtio_config::VIRTIO_F_RING_RESET, virtio_ring::VIRTIO_RING_F_EVENT_IDX};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Command, CommandSender, Description,
-    memory::{self, Translation},
+    Answer, CommandSender, Description, QueueCommand, SharedCommand,
+    memory::{MemoryError, MemoryTable, SLOTS_MAX},
 };
-use crate::guest_side::{QUEUE_SIZE_MAX, QueueSetup, inflight::InflightRegion};
+use crate::guest_side::{QUEUE_SIZE_MAX, QueueSetup, dirty::LogPages, inflight::InflightRegion};
 
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-/// Where some frontends (Cloud Hypervisor) take the configuration space to begin; others (QEMU) count from 0.
-const CONFIG_OFFSET: u32 = VHOST_USER_CONFIG_OFFSET;
+const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
 #[derive(Debug, Default)]
 struct Vring {
     setup: QueueSetup,
+    /// Its used ring is logged.
+    logged: bool,
     kick: Option<EventFd>,
     call: Option<EventFd>,
     error: Option<EventFd>,
@@ -58,7 +58,8 @@ pub(super) struct Handler {
     commands: Arc<CommandSender>,
     owned: bool,
     features: u64,
-    translation: Translation,
+    memory: MemoryTable,
+    log_pages: Option<LogPages>,
     vrings: Vec<Vring>,
 }
 
@@ -78,6 +79,11 @@ fn copy(event: Option<&EventFd>) -> Result<Option<EventFd>> {
         .map_err(Error::ReqHandlerError)
 }
 
+fn impossible(reason: String) -> Error {
+    error!(reason, "the frontend asks for something impossible");
+    Error::InvalidParam
+}
+
 fn unsupported<T>() -> Result<T> {
     Err(Error::InvalidOperation("the feature was not offered"))
 }
@@ -90,16 +96,51 @@ impl Handler {
             commands,
             owned: false,
             features: 0,
-            translation: Translation::default(),
+            memory: MemoryTable::default(),
+            log_pages: None,
             vrings,
         }
     }
 
-    fn call(&self, command: Command) -> Result<u16> {
-        self.commands.call(command).map_err(|reason| {
-            error!(reason, "the frontend asks for something impossible");
+    fn shared(&self, command: SharedCommand) -> Result<()> {
+        self.commands.shared(command).map(drop).map_err(impossible)
+    }
+
+    fn queue(&self, index: usize, command: QueueCommand) -> Result<Answer> {
+        self.commands.queue(index as u16, command).map_err(impossible)
+    }
+
+    /// Virtio features that are offered: the device's, and what the session adds.
+    fn offered(&self) -> u64 {
+        let session = PROTOCOL_FEATURES | LOG_ALL | 1 << VIRTIO_F_RING_RESET;
+        self.description.features
+            | match self.description.alone {
+                true => session,
+                false => PROTOCOL_FEATURES,
+            }
+    }
+
+    /// The device writes to this memory from here on.
+    fn use_memory(&mut self, table: std::result::Result<MemoryTable, MemoryError>) -> Result<()> {
+        let refused = |error: &dyn std::fmt::Display| {
+            error!(%error, "the frontend's memory is refused");
             Error::InvalidParam
-        })
+        };
+        let table = table.map_err(|error| refused(&error))?;
+        let memory = table.memory().map_err(|error| refused(&error))?;
+        if let Some(pages) = &self.log_pages {
+            pages.covers(&memory).map_err(|error| refused(&error))?;
+        }
+        self.shared(SharedCommand::Memory(memory))?;
+        self.memory = table;
+        Ok(())
+    }
+
+    /// Logs what the device writes, or no more, as the frontend last said.
+    fn update_log(&self) -> Result<()> {
+        let wanted = self.features & LOG_ALL != 0 || self.vrings.iter().any(|vring| vring.logged);
+        self.memory.log().set(self.log_pages.clone().filter(|_| wanted));
+        self.shared(SharedCommand::Barrier)
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring> {
@@ -120,13 +161,14 @@ impl Handler {
             error!(%error, "the frontend's in-flight region is refused");
             Error::InvalidParam
         })?;
-        self.call(Command::Inflight(region)).map(drop)
+        self.shared(SharedCommand::Inflight(region))
     }
 
     fn stop(&mut self, index: usize) -> Result<()> {
         if std::mem::take(&mut self.vrings[index].running) {
-            let queue = index as u16;
-            self.vrings[index].setup.next_available = self.call(Command::Stop { queue })?;
+            if let Answer::Index(next) = self.queue(index, QueueCommand::Stop)? {
+                self.vrings[index].setup.next_available = next;
+            }
         }
         Ok(())
     }
@@ -138,14 +180,13 @@ impl Handler {
             return Ok(());
         }
         vring.setup.event_idx = event_idx;
-        let command = Command::Start {
-            queue: index as u16,
+        let command = QueueCommand::Start {
             setup: vring.setup,
             kick: copy(vring.kick.as_ref())?,
             call: copy(vring.call.as_ref())?,
             error: copy(vring.error.as_ref())?,
         };
-        self.call(command)?;
+        self.queue(index, command)?;
         debug!(queue = index, "a queue started");
         self.vrings[index].running = true;
         Ok(())
@@ -188,19 +229,20 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(self.description.features | PROTOCOL_FEATURES)
+        Ok(self.offered())
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        if features & !(self.description.features | PROTOCOL_FEATURES) != 0 {
+        if features & !self.offered() != 0 {
             return Err(Error::InvalidParam);
         }
         self.features = features;
+        self.update_log()?;
         // Without the protocol's own feature there is no ENABLE message.
         if features & PROTOCOL_FEATURES == 0 {
             self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
         }
-        self.call(Command::Features(features)).map(drop)
+        self.shared(SharedCommand::Features(features))
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
@@ -208,6 +250,10 @@ impl VhostUserBackendReqHandlerMut for Handler {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE;
+        let alone = VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::BACKEND_REQ;
+        features.set(alone, self.description.alone);
         features.set(
             VhostUserProtocolFeatures::INFLIGHT_SHMFD,
             self.description.tracks_inflight,
@@ -225,12 +271,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
-        let (memory, translation) = memory::map(table, files).map_err(|error| {
-            error!(%error, "the frontend's memory table is refused");
-            Error::InvalidParam
-        })?;
-        self.call(Command::Memory(memory))?;
-        self.translation = translation;
+        self.use_memory(self.memory.with_all(table, files))?;
         Ok(None)
     }
 
@@ -245,14 +286,14 @@ impl VhostUserBackendReqHandlerMut for Handler {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let [descriptor_table, used_ring, available_ring] = [descriptor, used, available].map(|address| {
-            self.translation.guest_address(address).ok_or_else(|| {
+            self.memory.guest_address(address).ok_or_else(|| {
                 error!(
                     "ring address {address:#x} is in no region of the memory table. Is guest memory shared (share=on)?"
                 );
@@ -260,11 +301,24 @@ impl VhostUserBackendReqHandlerMut for Handler {
             })
         });
         let (descriptor_table, used_ring, available_ring) = (descriptor_table?, used_ring?, available_ring?);
-        self.change(index, |vring| {
-            vring.setup.descriptor_table = descriptor_table;
-            vring.setup.used_ring = used_ring;
-            vring.setup.available_ring = available_ring;
-        })
+        let logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
+        if logged && log != used_ring {
+            error!("the used ring at guest address {used_ring:#x} is to be logged as {log:#x}: there is no IOMMU here");
+            return Err(Error::InvalidParam);
+        }
+        let vring = self.vring(index)?;
+        vring.logged = logged;
+        let setup = QueueSetup {
+            descriptor_table,
+            used_ring,
+            available_ring,
+            ..vring.setup
+        };
+        // A migration that begins says again what it knows, of a queue that runs.
+        if setup != vring.setup {
+            self.change(index, |vring| vring.setup = setup)?;
+        }
+        self.update_log()
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
@@ -299,8 +353,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let running = vring.running;
         vring.call = copy(call.as_ref())?;
         if running {
-            let queue = index.into();
-            self.call(Command::Call { queue, call })?;
+            self.queue(index.into(), QueueCommand::Call(call))?;
         }
         Ok(())
     }
@@ -325,20 +378,16 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        // Beyond the device's own space there are zeros; the library bounds what may be asked for.
-        let offset = offset.checked_sub(CONFIG_OFFSET).unwrap_or(offset) as usize;
-        let mut config = self.description.config.get(offset..).unwrap_or_default().to_vec();
-        config.resize(size as usize, 0);
-        Ok(config)
+        // The library bounds what may be asked for.
+        Ok(self.description.config.read(offset, size))
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        self.call(Command::Config {
+        self.shared(SharedCommand::Config {
             offset,
             bytes: bytes.to_vec(),
         })?;
-        // The device took it, so it is within its space.
-        self.description.config[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        self.description.config.written(offset, bytes);
         Ok(())
     }
 
@@ -372,20 +421,21 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
-        unsupported()
+        Ok(SLOTS_MAX as u64)
     }
 
     fn add_mem_region(
         &mut self,
-        _region: &VhostUserSingleMemoryRegion,
-        _fd: File,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<u64>> {
-        unsupported()
+        self.use_memory(self.memory.with(region, fd))?;
+        Ok(None)
     }
 
-    fn remove_mem_region(&mut self, _region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        unsupported()
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        self.use_memory(self.memory.without(region))
     }
 
     fn set_device_state_fd(
@@ -405,7 +455,18 @@ impl VhostUserBackendReqHandlerMut for Handler {
         unsupported()
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        unsupported()
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let (offset, bytes) = (log.mmap_offset, log.mmap_size);
+        let pages = LogPages::map(file, offset, bytes)
+            .and_then(|pages| match self.memory.memory() {
+                Ok(memory) => pages.covers(&memory).map(|()| pages),
+                Err(_) => Ok(pages),
+            })
+            .map_err(|error| {
+                error!(%error, "the frontend's dirty log is refused");
+                Error::InvalidParam
+            })?;
+        self.log_pages = Some(pages);
+        self.update_log()
     }
 }

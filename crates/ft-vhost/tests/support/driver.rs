@@ -2,9 +2,9 @@
 
 use std::{fs::File, sync::atomic::Ordering};
 
-use ft_vhost::guest_side::QueueSetup;
+use ft_vhost::guest_side::{QueueSetup, dirty::GuestMemoryMmap};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress};
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -242,6 +242,13 @@ pub struct BlkRequest {
 impl BlkDriver {
     pub fn new(memory: &GuestMemoryMmap, event_idx: bool) -> Self {
         Self::of_queue(memory, event_idx, 0)
+    }
+
+    /// The driver of the first queue with rings of `size` entries that nobody used before.
+    pub fn fresh(memory: &GuestMemoryMmap, event_idx: bool, size: u16) -> Self {
+        let ring = Driver::new(memory, 0x1_0000, size, event_idx);
+        ring.write(0x1_0000, &[0; 0x1_0000]);
+        Self { ring, slots: 1 << 20 }
     }
 
     /// The driver of one of the first three queues.

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use ft_vhost::guest_side::dirty::GuestMemoryMmap;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
@@ -15,7 +16,7 @@ use vhost::{
         message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures},
     },
 };
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::driver::{BlkDriver, BlkRequest, Driver};
@@ -46,23 +47,35 @@ impl Session {
 
     /// The same over a socket that is connected already.
     pub fn start_over(stream: UnixStream, memory: &GuestMemoryMmap, features: u64, driver: &Driver) -> Self {
-        let mut session = Self::negotiate_over(Frontend::from_stream(stream, 1), features, 1);
+        let mut session = Self::negotiate_over(
+            Frontend::from_stream(stream, 1),
+            features,
+            1,
+            VhostUserProtocolFeatures::empty(),
+        );
         session.share(memory);
         session.start_queue(0, driver);
         session
     }
 
     pub fn negotiate(path: &Path, features: u64, queues: usize) -> Self {
-        Self::negotiate_over(Frontend::connect(path, queues as u64).unwrap(), features, queues)
+        Self::negotiate_with(path, features, queues, VhostUserProtocolFeatures::empty())
     }
 
-    fn negotiate_over(mut frontend: Frontend, features: u64, queues: usize) -> Self {
+    /// The same with more protocol features, which the backend must have.
+    pub fn negotiate_with(path: &Path, features: u64, queues: usize, more: VhostUserProtocolFeatures) -> Self {
+        Self::negotiate_over(Frontend::connect(path, queues as u64).unwrap(), features, queues, more)
+    }
+
+    fn negotiate_over(mut frontend: Frontend, features: u64, queues: usize, more: VhostUserProtocolFeatures) -> Self {
         frontend.set_owner().unwrap();
         let offered = frontend.get_features().unwrap();
         assert_ne!(offered & PROTOCOL_FEATURES, 0);
         let protocol = frontend.get_protocol_features().unwrap();
-        let wanted =
-            VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
+        let wanted = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | more;
         assert!(protocol.contains(wanted));
         frontend
             .set_protocol_features(wanted | protocol & VhostUserProtocolFeatures::INFLIGHT_SHMFD)
@@ -98,23 +111,29 @@ impl Session {
 
     pub fn start_queue(&mut self, index: usize, driver: &Driver) {
         let setup = driver.setup();
-        let user = |address| driver.memory().get_host_address(GuestAddress(address)).unwrap() as u64;
+        self.frontend.set_vring_num(index, setup.size).unwrap();
+        self.set_addresses(index, driver, false);
         let frontend = &mut self.frontend;
-        frontend.set_vring_num(index, setup.size).unwrap();
-        let addresses = VringConfigData {
-            queue_max_size: setup.size,
-            queue_size: setup.size,
-            flags: 0,
-            desc_table_addr: user(setup.descriptor_table),
-            used_ring_addr: user(setup.used_ring),
-            avail_ring_addr: user(setup.available_ring),
-            log_addr: None,
-        };
-        frontend.set_vring_addr(index, &addresses).unwrap();
         frontend.set_vring_base(index, setup.next_available).unwrap();
         frontend.set_vring_call(index, &self.calls[index]).unwrap();
         frontend.set_vring_kick(index, &self.kicks[index]).unwrap();
         frontend.set_vring_enable(index, true).unwrap();
+    }
+
+    /// Says where the rings of a queue are, and whether writes to its used ring are logged.
+    pub fn set_addresses(&mut self, index: usize, driver: &Driver, logged: bool) {
+        let setup = driver.setup();
+        let user = |address| driver.memory().get_host_address(GuestAddress(address)).unwrap() as u64;
+        let addresses = VringConfigData {
+            queue_max_size: setup.size,
+            queue_size: setup.size,
+            flags: u32::from(logged),
+            desc_table_addr: user(setup.descriptor_table),
+            used_ring_addr: user(setup.used_ring),
+            avail_ring_addr: user(setup.available_ring),
+            log_addr: logged.then_some(setup.used_ring),
+        };
+        self.frontend.set_vring_addr(index, &addresses).unwrap();
     }
 
     pub fn kick(&self, queue: usize) {

@@ -12,8 +12,9 @@ mod bzimage;
 mod elf;
 mod linux;
 
+use ft_vhost::guest_side::dirty::GuestMemoryMmap;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::memory::Ram;
 use crate::{
