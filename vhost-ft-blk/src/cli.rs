@@ -14,7 +14,7 @@ use tracing::info;
 
 use crate::{
     disk::{Disk, SERIAL},
-    image::{Image, LOCK_PATIENCE},
+    image::{Image, LOCK_PATIENCE, Locking},
 };
 
 /// What `--print-capabilities` says of the options of QEMU's schema.
@@ -40,6 +40,9 @@ pub struct Arguments {
     /// Bytes of a logical block.
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = ["512", "4096"])]
     block_size: String,
+    /// Lock the image only while a queue runs: so that the daemon at the other end of a live migration can be there already.
+    #[arg(long, conflicts_with = "ft_log")]
+    migratable: bool,
     /// What the guest is told as the disk's serial, up to 20 bytes.
     #[arg(long, value_name = "TEXT", default_value = SERIAL, value_parser = serial)]
     serial: String,
@@ -92,7 +95,12 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
     let options = conventions.options();
     let signals = Signals::take().map_err(End::environment)?;
     let block_bytes = arguments.block_size.parse().expect("clap lets two sizes through");
-    let image = Image::open(blk_file, arguments.read_only, block_bytes, LOCK_PATIENCE).map_err(End::environment)?;
+    let locking = match arguments.migratable {
+        true => Locking::WhileAttached,
+        false => Locking::Life,
+    };
+    let image = Image::open(blk_file, arguments.read_only, block_bytes, locking, LOCK_PATIENCE);
+    let image = image.map_err(End::environment)?;
     let protected = conventions.membership().is_some();
     if protected && arguments.num_queues > 1 {
         return Err(End::environment(

@@ -26,7 +26,7 @@ use ft_vhost::{
 };
 use nix::libc;
 use serde_json::json;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     image::Image,
@@ -270,6 +270,16 @@ impl Device for Disk {
                 "only the cache mode can be set, not {} bytes at {offset} of the configuration space",
                 bytes.len()
             )),
+        }
+    }
+
+    fn attach(&mut self) -> Result<(), String> {
+        self.image.attach()
+    }
+
+    fn detach(&mut self) {
+        if let Err(error) = self.image.detach() {
+            error!(%error, "the image cannot be made durable, and stays locked");
         }
     }
 

@@ -8,6 +8,7 @@ use std::{
         unix::fs::FileExt,
     },
     path::{Path, PathBuf},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -62,33 +63,56 @@ pub enum ImageError {
     },
 }
 
-/// An image that is ours until it is dropped.
+/// For how long an image is ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Locking {
+    /// From its opening to its end.
+    Life,
+    /// While a queue runs: the image of a VM that migrates has a daemon at both ends.
+    WhileAttached,
+}
+
+/// An image, and our lock on it.
 #[derive(Debug)]
 pub struct Image {
+    path: PathBuf,
     file: File,
+    locking: Locking,
+    patience: Duration,
+    /// Devices that hold the lock, of all clones of this image.
+    holders: Arc<Mutex<u32>>,
     bytes: u64,
     block_bytes: u32,
     read_only: bool,
 }
 
 impl Image {
-    /// Opens and locks `path`: exclusively, or shared with other readers if `read_only`. Its size must be whole blocks.
+    /// Opens `path`, whose size must be whole blocks, and locks it if it is to be ours for life: exclusively, or shared with other
+    /// readers if `read_only`.
     ///
     /// A lock is waited for for as long as `patience`: the writes of a daemon that was killed hold it until they are through, and
     /// none of ours may be overtaken by them.
     ///
     /// # Errors
     /// [`ImageError`].
-    pub fn open(path: &Path, read_only: bool, block_bytes: u32, patience: Duration) -> Result<Self, ImageError> {
+    pub fn open(
+        path: &Path,
+        read_only: bool,
+        block_bytes: u32,
+        locking: Locking,
+        patience: Duration,
+    ) -> Result<Self, ImageError> {
         let open = |source| ImageError::Open {
             path: path.into(),
             source,
         };
         let mut file = File::options().read(true).write(!read_only).open(path).map_err(open)?;
-        lock_patiently(&file, read_only, patience).map_err(|errno| match errno {
-            Errno::EAGAIN | Errno::EACCES => ImageError::Locked(path.into()),
-            errno => open(errno.into()),
-        })?;
+        if locking == Locking::Life {
+            lock_patiently(&file, read_only, patience).map_err(|errno| match errno {
+                Errno::EAGAIN | Errno::EACCES => ImageError::Locked(path.into()),
+                errno => open(errno.into()),
+            })?;
+        }
         let bytes = measure(&mut file).map_err(open)?;
         if bytes < SECTOR_BYTES {
             return Err(ImageError::TooSmall(path.into()));
@@ -102,11 +126,66 @@ impl Image {
             });
         }
         Ok(Self {
+            path: path.into(),
             file,
+            locking,
+            patience,
+            holders: Arc::default(),
             bytes,
             block_bytes,
             read_only,
         })
+    }
+
+    /// A device begins to use the image: from here on it is ours.
+    ///
+    /// # Errors
+    /// What the operator is to know: another process uses it, or it is not the image it was.
+    ///
+    /// # Panics
+    /// If another thread panicked here, which ends the process anyway.
+    pub fn attach(&mut self) -> Result<(), String> {
+        if self.locking == Locking::Life {
+            return Ok(());
+        }
+        let mut holders = self.holders.lock().expect("a panic aborts the process");
+        if *holders == 0 {
+            lock_patiently(&self.file, self.read_only, self.patience)
+                .map_err(|_| ImageError::Locked(self.path.clone()).to_string())?;
+            let found = measure(&mut self.file).map_err(|error| error.to_string())?;
+            if found != self.bytes {
+                let _ = lock(&self.file, libc::F_UNLCK);
+                return Err(format!(
+                    "image {} has {found} bytes and had {} when it was opened: say resize to this daemon",
+                    self.path.display(),
+                    self.bytes
+                ));
+            }
+        }
+        *holders += 1;
+        Ok(())
+    }
+
+    /// A device is done with the image. After the last one it is durable, and another process may have it.
+    ///
+    /// # Errors
+    /// As fdatasync(2): the image stays ours, for what it holds may not be on the disk.
+    ///
+    /// # Panics
+    /// As [`Image::attach`].
+    pub fn detach(&mut self) -> io::Result<()> {
+        if self.locking == Locking::Life {
+            return Ok(());
+        }
+        let mut holders = self.holders.lock().expect("a panic aborts the process");
+        *holders -= 1;
+        if *holders == 0 {
+            if !self.read_only {
+                self.file.sync_data()?;
+            }
+            lock(&self.file, libc::F_UNLCK)?;
+        }
+        Ok(())
     }
 
     /// Makes a file that many bytes long, or (`None`) looks how long it is by now. A disk in use only grows on demand; what was made
@@ -166,6 +245,8 @@ impl Image {
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
             file: self.file.try_clone()?,
+            path: self.path.clone(),
+            holders: Arc::clone(&self.holders),
             ..*self
         })
     }
@@ -217,8 +298,9 @@ fn measure(file: &mut File) -> io::Result<u64> {
 
 fn lock_patiently(file: &File, shared: bool, patience: Duration) -> nix::Result<()> {
     let deadline = Instant::now() + patience;
+    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
     loop {
-        match lock(file, shared) {
+        match lock(file, kind) {
             Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < deadline => std::thread::sleep(LOCK_RETRY),
             result => return result,
         }
@@ -226,8 +308,7 @@ fn lock_patiently(file: &File, shared: bool, patience: Duration) -> nix::Result<
 }
 
 /// An open-file-description lock on the whole file: other processes, QEMU among them, see it.
-fn lock(file: &File, shared: bool) -> nix::Result<()> {
-    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
+fn lock(file: &File, kind: libc::c_int) -> nix::Result<()> {
     let lock = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -253,41 +334,68 @@ mod tests {
     #[test]
     fn a_second_writer_is_locked_out_and_readers_share() {
         let file = image(1024);
-        let first = Image::open(file.path(), false, 512, Duration::ZERO).unwrap();
+        let first = Image::open(file.path(), false, 512, Locking::Life, Duration::ZERO).unwrap();
         assert_eq!(first.sectors(), 2);
         assert!(matches!(
-            Image::open(file.path(), false, 512, Duration::ZERO),
+            Image::open(file.path(), false, 512, Locking::Life, Duration::ZERO),
             Err(ImageError::Locked(_))
         ));
         assert!(matches!(
-            Image::open(file.path(), true, 512, Duration::ZERO),
+            Image::open(file.path(), true, 512, Locking::Life, Duration::ZERO),
             Err(ImageError::Locked(_))
         ));
         drop(first);
-        let _reader = Image::open(file.path(), true, 512, Duration::ZERO).unwrap();
-        let _other = Image::open(file.path(), true, 512, Duration::ZERO).unwrap();
+        let _reader = Image::open(file.path(), true, 512, Locking::Life, Duration::ZERO).unwrap();
+        let _other = Image::open(file.path(), true, 512, Locking::Life, Duration::ZERO).unwrap();
         assert!(matches!(
-            Image::open(file.path(), false, 512, Duration::ZERO),
+            Image::open(file.path(), false, 512, Locking::Life, Duration::ZERO),
             Err(ImageError::Locked(_))
         ));
     }
 
     #[test]
+    fn an_image_of_two_daemons_is_locked_by_the_one_that_uses_it() {
+        let file = image(1024);
+        let open = || Image::open(file.path(), false, 512, Locking::WhileAttached, Duration::ZERO).unwrap();
+        let (mut here, mut there) = (open(), open());
+        let mut second = here.try_clone().unwrap();
+        here.attach().unwrap();
+        second.attach().unwrap();
+        assert!(there.attach().unwrap_err().contains("locked"));
+        here.detach().unwrap();
+        assert!(there.attach().unwrap_err().contains("locked"));
+        second.detach().unwrap();
+        there.attach().unwrap();
+        assert!(here.attach().unwrap_err().contains("locked"));
+        there.detach().unwrap();
+        file.as_file().set_len(2048).unwrap();
+        assert!(here.attach().unwrap_err().contains("had 1024"));
+        here.resize(None).unwrap();
+        here.attach().unwrap();
+    }
+
+    #[test]
     fn sizes_that_are_no_disk_are_refused() {
         for bytes in [0, 100, 511] {
-            let refused = Image::open(image(bytes).path(), false, 512, Duration::ZERO);
+            let refused = Image::open(image(bytes).path(), false, 512, Locking::Life, Duration::ZERO);
             assert!(matches!(refused, Err(ImageError::TooSmall(_))));
         }
-        let refused = Image::open(image(1000).path(), false, 512, Duration::ZERO);
+        let refused = Image::open(image(1000).path(), false, 512, Locking::Life, Duration::ZERO);
         assert!(matches!(refused, Err(ImageError::PartBlock { bytes: 1000, .. })));
-        let refused = Image::open(Path::new("/nonexistent/image"), false, 512, Duration::ZERO);
+        let refused = Image::open(
+            Path::new("/nonexistent/image"),
+            false,
+            512,
+            Locking::Life,
+            Duration::ZERO,
+        );
         assert!(matches!(refused, Err(ImageError::Open { .. })));
     }
 
     #[test]
     fn an_image_grows_on_demand_and_is_measured_again() {
         let file = image(4096);
-        let mut open = Image::open(file.path(), false, 4096, Duration::ZERO).unwrap();
+        let mut open = Image::open(file.path(), false, 4096, Locking::Life, Duration::ZERO).unwrap();
         open.resize(Some(8192)).unwrap();
         assert_eq!((open.sectors(), file.as_file().metadata().unwrap().len()), (16, 8192));
         assert!(open.resize(Some(4096)).unwrap_err().contains("not made smaller"));
@@ -306,7 +414,7 @@ mod tests {
             let mut file = image(0);
             file.write_all(content).unwrap();
             file.as_file().set_len(bytes).unwrap();
-            Image::open(file.path(), false, 512, Duration::ZERO)
+            Image::open(file.path(), false, 512, Locking::Life, Duration::ZERO)
                 .unwrap()
                 .fingerprint()
                 .unwrap()
@@ -322,7 +430,7 @@ mod tests {
         let mut file = image(large);
         file.write_all(b"x").unwrap();
         file.as_file().write_all_at(b"z", large - 1).unwrap();
-        let end = Image::open(file.path(), false, 512, Duration::ZERO)
+        let end = Image::open(file.path(), false, 512, Locking::Life, Duration::ZERO)
             .unwrap()
             .fingerprint()
             .unwrap();

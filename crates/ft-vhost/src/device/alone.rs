@@ -31,6 +31,8 @@ struct Line {
     starts: u32,
     /// The guest wants it drained.
     kicked: bool,
+    /// Started, and not stopped since.
+    started: bool,
     /// Runs, and is not about to stop.
     serves: bool,
 }
@@ -186,8 +188,15 @@ impl<D: Device> Alone<D> {
                 call,
                 error,
             } => {
+                if !self.lines.iter().any(|line| line.started) {
+                    self.device.attach()?;
+                }
+                self.lines[usize::from(queue)].started = true;
                 let configured = self.device.guest().configure_queue(queue, &setup);
-                configured.map_err(|error| error.to_string())?;
+                if let Err(error) = configured {
+                    self.stopped(queue.into());
+                    return Err(error.to_string());
+                }
                 self.listen(queue.into(), kick, call, error);
             }
             QueueCommand::Call(call) => self.lines[usize::from(queue)].call = call,
@@ -212,6 +221,14 @@ impl<D: Device> Alone<D> {
             SharedCommand::Left => unreachable!("it waits until the device is idle"),
         }
         Ok(Answer::Done)
+    }
+
+    /// Nothing of a queue is in flight, and nothing will be.
+    fn stopped(&mut self, queue: usize) {
+        let before = std::mem::take(&mut self.lines[queue].started);
+        if before && !self.lines.iter().any(|line| line.started) {
+            self.device.detach();
+        }
     }
 
     fn wait_idle(&mut self, waits: Waits, reply: Reply) {
@@ -300,15 +317,21 @@ impl<D: Device> Alone<D> {
             return;
         };
         let guest = self.device.guest();
-        reply.answer(Ok(match waits {
-            Waits::Queue(queue) => Answer::Index(guest.stop_queue(queue)),
+        let answer = match waits {
+            Waits::Queue(queue) => {
+                let next = guest.stop_queue(queue);
+                self.stopped(queue.into());
+                Answer::Index(next)
+            }
             Waits::Frontend => {
                 guest.reset();
                 guest.set_inflight(None);
                 // Holding on to the mapping would keep the memory of a VM that is gone.
                 guest.set_memory(GuestMemoryMmap::new());
+                (0..self.lines.len()).for_each(|queue| self.stopped(queue));
                 Answer::Done
             }
-        }));
+        };
+        reply.answer(Ok(answer));
     }
 }

@@ -56,6 +56,17 @@ pub trait Device {
         Err("the configuration space is read-only".into())
     }
 
+    /// A queue is about to start, and none runs. What is behind the device is this one's from here on.
+    ///
+    /// # Errors
+    /// Why the queue cannot start.
+    fn attach(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// The last queue stopped, and nothing is in flight: another device may have what is behind this one.
+    fn detach(&mut self) {}
+
     /// The operator gave the device `bytes`, or changed what is behind it (`None`); gives the configuration space from here on.
     ///
     /// # Errors
