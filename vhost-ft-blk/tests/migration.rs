@@ -121,7 +121,7 @@ fn every_page_the_device_changes_is_logged_and_hardly_any_other() {
     let world = World::new();
     let memory = memory();
     let mut driver = BlkDriver::new(&memory, true);
-    let mut session = world.negotiate(u64::MAX & !LOG_ALL);
+    let mut session = world.negotiate(!LOG_ALL);
     session.share(&memory);
     session.start_queue(0, &driver.ring);
     let features = session.features;
@@ -228,7 +228,7 @@ fn a_queue_is_reset_and_starts_afresh_with_another_size() {
     let world = World::new();
     let memory = memory();
     let mut driver = BlkDriver::new(&memory, true);
-    let mut session = world.negotiate(u64::MAX & !LOG_ALL);
+    let mut session = world.negotiate(!LOG_ALL);
     assert_ne!(session.features & RING_RESET, 0);
     session.share(&memory);
     session.start_queue(0, &driver.ring);
@@ -259,7 +259,7 @@ fn a_disk_grows_under_its_driver() {
     let world = World::new();
     let memory = memory();
     let mut driver = BlkDriver::new(&memory, true);
-    let mut session = world.negotiate(u64::MAX & !LOG_ALL);
+    let mut session = world.negotiate(!LOG_ALL);
     let heard = EventFd::new(EFD_NONBLOCK).unwrap();
     let mut ear = FrontendReqHandler::new(Arc::new(Ear(heard.try_clone().unwrap()))).unwrap();
     session.frontend.set_backend_request_fd(&ear.get_tx_raw_fd()).unwrap();
@@ -325,7 +325,7 @@ fn memory_that_is_taken_away_ends_the_daemon_with_a_clear_line() {
     )])
     .unwrap();
     let driver = BlkDriver::new(&memory, true);
-    let session = Session::start(&world.path("socket"), &memory, u64::MAX & !LOG_ALL, &[&driver.ring]);
+    let session = Session::start(&world.path("socket"), &memory, !LOG_ALL, &[&driver.ring]);
     file.set_len(PAGE).unwrap();
     session.kick(0);
     let World { _daemon: daemon, .. } = world;

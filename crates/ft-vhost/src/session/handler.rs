@@ -165,10 +165,10 @@ impl Handler {
     }
 
     fn stop(&mut self, index: usize) -> Result<()> {
-        if std::mem::take(&mut self.vrings[index].running) {
-            if let Answer::Index(next) = self.queue(index, QueueCommand::Stop)? {
-                self.vrings[index].setup.next_available = next;
-            }
+        if std::mem::take(&mut self.vrings[index].running)
+            && let Answer::Index(next) = self.queue(index, QueueCommand::Stop)?
+        {
+            self.vrings[index].setup.next_available = next;
         }
         Ok(())
     }
