@@ -14,7 +14,7 @@ use ft_vcpu_shim::{
         timeline::Timeline,
     },
 };
-use tiny::{machine, record};
+use tiny::{busy_guest, machine, machine_of, record};
 
 struct Frames(std::vec::IntoIter<Vec<u8>>);
 
@@ -137,4 +137,52 @@ fn a_log_of_another_machine_is_refused() {
     };
     let error = replay(&other, frames).unwrap_err();
     assert!(error.to_string().contains("different machine"), "{error}");
+}
+
+#[test]
+fn a_guest_that_only_computes_gets_its_interrupts_and_replays() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine_of(&directory, &busy_guest());
+    let (digests, frames) = record(&args, &directory.path().join("console"));
+    let bodies = || frames.iter().map(|frame| Entry::decode(frame).unwrap().body);
+    let states = bodies().filter(|body| matches!(body, Body::State { .. })).count();
+    assert!(states >= 12, "{states} state deltas for 12 alarms");
+    for _ in 0..5 {
+        assert_eq!(replay(&args, frames.clone()).unwrap(), (End::PowerOff, digests));
+    }
+}
+
+#[test]
+fn a_log_that_ends_inside_a_state_delta_ends_before_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine_of(&directory, &busy_guest());
+    let (_, frames) = record(&args, &directory.path().join("console"));
+    let state = frames
+        .iter()
+        .rposition(|frame| matches!(Entry::decode(frame).unwrap().body, Body::State { .. }))
+        .expect("the guest computes");
+    assert!(matches!(
+        Entry::decode(&frames[state - 1]).unwrap().body,
+        Body::Pages { .. }
+    ));
+    assert_eq!(replay(&args, frames[..state].to_vec()).unwrap().0, End::LogEnd);
+}
+
+#[test]
+fn pages_that_are_not_those_of_the_recording_are_a_divergence() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine_of(&directory, &busy_guest());
+    let (_, frames) = record(&args, &directory.path().join("console"));
+    let pages: Vec<usize> = (0..frames.len())
+        .filter(|index| matches!(Entry::decode(&frames[*index]).unwrap().body, Body::Pages { .. }))
+        .collect();
+    // The last delta gets the pages of the one before it.
+    let at = pages.len() - 1;
+    let mut entry = Entry::decode(&frames[pages[at]]).unwrap();
+    entry.body = Entry::decode(&frames[pages[at - 1]]).unwrap().body;
+    let mut frame = vec![0; entry.body.frame_bytes()];
+    entry.encode(&mut frame);
+    let mut changed = frames.clone();
+    changed[pages[at]] = frame;
+    assert!(matches!(replay(&args, changed), Err(Error::Diverged(_))));
 }

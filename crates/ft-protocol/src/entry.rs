@@ -77,6 +77,19 @@ pub enum Body<'a> {
     },
     /// Nothing happened: lets a backup follow and compare digests.
     Sync(Stop),
+    /// Guest pages of the state delta whose [`Body::State`] follows. Guest memory does not change yet.
+    Pages {
+        /// As the shim encodes them.
+        payload: &'a [u8],
+    },
+    /// The guest was stopped where it has no stop of its own: from the stop before, a replay does not execute on but adopts the pages
+    /// since the last entry of this kind, and this state of the vCPU.
+    State {
+        /// The stop that this makes.
+        stop: Stop,
+        /// The vCPU, as the shim encodes it.
+        payload: &'a [u8],
+    },
     /// The guest powered off, or reset itself. The last entry.
     PowerOff {
         /// Where.
@@ -95,6 +108,8 @@ const KIND_CONSOLE: u8 = 6;
 const KIND_SYNC: u8 = 7;
 /// Kind byte of [`Body::PowerOff`]: `ft-log` looks for it, since an orderly end is not a failure.
 pub const KIND_POWER_OFF: u8 = 8;
+const KIND_PAGES: u8 = 9;
+const KIND_STATE: u8 = 10;
 
 /// A decoded entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +137,8 @@ impl Body<'_> {
             Self::Console { .. } => KIND_CONSOLE,
             Self::Sync(_) => KIND_SYNC,
             Self::PowerOff { .. } => KIND_POWER_OFF,
+            Self::Pages { .. } => KIND_PAGES,
+            Self::State { .. } => KIND_STATE,
         }
     }
 
@@ -137,6 +154,8 @@ impl Body<'_> {
             Self::Console { .. } => "console",
             Self::Sync(_) => "sync",
             Self::PowerOff { .. } => "power-off",
+            Self::Pages { .. } => "pages",
+            Self::State { .. } => "state",
         }
     }
 
@@ -148,6 +167,8 @@ impl Body<'_> {
             Self::Deliver { .. } | Self::Time { .. } => STOP_BYTES + 8,
             Self::Console { .. } => STOP_BYTES + 4,
             Self::PowerOff { .. } => STOP_BYTES + 1,
+            Self::Pages { payload } => payload.len(),
+            Self::State { payload, .. } => STOP_BYTES + payload.len(),
         }
     }
 
@@ -161,15 +182,20 @@ impl Body<'_> {
     #[must_use]
     pub fn stop(&self) -> Option<Stop> {
         match *self {
-            Self::Boot { .. } | Self::Input { .. } => None,
+            Self::Boot { .. } | Self::Input { .. } | Self::Pages { .. } => None,
             Self::Kick(stop)
             | Self::Sync(stop)
             | Self::Deliver { stop, .. }
             | Self::Time { stop, .. }
             | Self::Console { stop, .. }
+            | Self::State { stop, .. }
             | Self::PowerOff { stop, .. } => Some(stop),
         }
     }
+}
+
+fn check_payload(payload: &[u8]) {
+    assert!(payload.len() <= PAYLOAD_BYTES_MAX, "payload of {} bytes", payload.len());
 }
 
 fn put_stop(out: &mut BodyWriter<'_>, stop: &Stop) {
@@ -221,8 +247,17 @@ impl<'a> Entry<'a> {
                 }
                 Body::Kick(stop) | Body::Sync(stop) => put_stop(&mut out, stop),
                 Body::Input { sequence, payload } => {
-                    assert!(payload.len() <= PAYLOAD_BYTES_MAX, "payload of {} bytes", payload.len());
+                    check_payload(payload);
                     out.u64(*sequence);
+                    out.bytes(payload);
+                }
+                Body::Pages { payload } => {
+                    check_payload(payload);
+                    out.bytes(payload);
+                }
+                Body::State { stop, payload } => {
+                    check_payload(payload);
+                    put_stop(&mut out, stop);
                     out.bytes(payload);
                 }
                 Body::Deliver { stop, through } => {
@@ -253,6 +288,7 @@ impl<'a> Entry<'a> {
         let (header, body) = frame::read(bytes)?;
         let (kind, lsn) = (header.kind, header.lsn);
         let mut reader = BodyReader::new(body);
+        let rest = |reader: &mut BodyReader<'a>| std::mem::replace(reader, BodyReader::new(&[])).rest();
         let body = match kind {
             KIND_BOOT => reader
                 .array()
@@ -260,13 +296,20 @@ impl<'a> Entry<'a> {
                 .map(|(fingerprint, wall_ns)| Body::Boot {
                     fingerprint,
                     wall_ns,
-                    devices: std::mem::replace(&mut reader, BodyReader::new(&[])).rest(),
+                    devices: rest(&mut reader),
                 }),
             KIND_KICK => take_stop(&mut reader).map(Body::Kick),
             KIND_SYNC => take_stop(&mut reader).map(Body::Sync),
-            KIND_INPUT => reader.u64().map(|sequence| {
-                let payload = std::mem::replace(&mut reader, BodyReader::new(&[])).rest();
-                Body::Input { sequence, payload }
+            KIND_INPUT => reader.u64().map(|sequence| Body::Input {
+                sequence,
+                payload: rest(&mut reader),
+            }),
+            KIND_PAGES => Some(Body::Pages {
+                payload: rest(&mut reader),
+            }),
+            KIND_STATE => take_stop(&mut reader).map(|stop| Body::State {
+                stop,
+                payload: rest(&mut reader),
             }),
             KIND_DELIVER => take_stop(&mut reader)
                 .zip(reader.u64())
@@ -338,7 +381,11 @@ mod tests {
             out[..body.len()].copy_from_slice(body)
         });
         let decoded = Entry::decode(&long[..length]);
-        if !matches!(entry.body, Body::Input { .. } | Body::Boot { .. }) {
+        let open_ended = matches!(
+            entry.body,
+            Body::Input { .. } | Body::Boot { .. } | Body::Pages { .. } | Body::State { .. }
+        );
+        if !open_ended {
             assert!(matches!(decoded, Err(FrameError::Body { .. })));
             let length = frame::write(&mut long, &header, body.len() - 1, |out| {
                 out.copy_from_slice(&body[..out.len()])
@@ -358,6 +405,8 @@ mod tests {
             check(Body::Time { stop, now_ns: number });
             check(Body::Console { stop, bytes: number as u32 });
             check(Body::PowerOff { stop, reset: flag });
+            check(Body::Pages { payload: &payload });
+            check(Body::State { stop, payload: &payload });
         }
 
         #[test]

@@ -236,6 +236,9 @@ impl Guest {
             Body::Kick(_) => outputs = self.kick(),
             Body::Console { .. } | Body::Sync(_) => {}
             Body::PowerOff { .. } => self.off = true,
+            Body::Pages { .. } | Body::State { .. } => {
+                return Err(Diverged(format!("this guest makes no {} entry", body.name())));
+            }
         }
         Ok(outputs)
     }

@@ -22,6 +22,7 @@ use crate::{
         cpuid,
         memory::Ram,
         vcpu::{Vcpu, guest_cpuid, open_kvm},
+        windows,
     },
     platform::{Board, Guest, virtio_mmio::Transport},
 };
@@ -47,6 +48,7 @@ pub struct MachineArgs {
 pub struct Loaded {
     kvm: Kvm,
     cpuid: CpuId,
+    windows: bool,
     guest: Guest,
     entry: u64,
     /// Its memory.
@@ -82,9 +84,15 @@ impl MachineArgs {
             Image::open(kernel).map_err(|error| Error::environment(format!("{}: {error}", self.kernel.display())))?;
         let entry = image.load(&ram, &self.cmdline, initrd.as_deref())?;
         let cpuid = guest_cpuid(&kvm)?;
+        let windows = windows::probe(&kvm)?;
+        if let Err(reason) = &windows {
+            tracing::info!("interrupt windows are no stop points on this host: {reason}");
+        }
+        let windows = windows.is_ok();
         for part in [
             self.cmdline.as_bytes(),
             &self.ram_mib.to_le_bytes(),
+            &[u8::from(windows)],
             &cpuid::bytes(&cpuid),
         ] {
             add(part);
@@ -92,6 +100,7 @@ impl MachineArgs {
         Ok(Loaded {
             kvm,
             cpuid,
+            windows,
             guest: image.guest(),
             entry,
             ram,
@@ -123,6 +132,6 @@ impl Loaded {
         };
         let board = Board::new(self.guest, wall_ns, descriptions.iter().map(transport).collect());
         let vcpu = Vcpu::new(&self.kvm, self.ram, &self.cpuid, self.entry)?;
-        Ok(Execution::new(vcpu, board, ports, timeline, on_live))
+        Ok(Execution::new(vcpu, self.windows, board, ports, timeline, on_live))
     }
 }

@@ -59,6 +59,11 @@ impl Brief {
             Body::Time { now_ns, .. } => format!("{now_ns} ns"),
             Body::Console { bytes, .. } => format!("{bytes} bytes"),
             Body::PowerOff { reset: true, .. } => "reset".into(),
+            Body::Pages { payload } | Body::State { payload, .. } => format!(
+                "{} bytes, digest {:016x}",
+                payload.len(),
+                xxhash_rust::xxh3::xxh3_64(payload)
+            ),
             _ => String::new(),
         };
         Self {

@@ -45,7 +45,7 @@ pub fn probe(kvm: &Kvm) -> Result<Result<(), String>, Error> {
     let ram = Arc::new(Ram::new(4)?);
     let mut vcpu = tiny_guest(kvm, &ram)?;
     vcpu.debug(&[BREAKPOINT])?;
-    let first = match run(&mut vcpu) {
+    let first = match vcpu.run_uninterrupted() {
         Ok(exit) => exit,
         Err(error) => return Ok(Err(error.to_string())),
     };
@@ -56,20 +56,11 @@ pub fn probe(kvm: &Kvm) -> Result<Result<(), String>, Error> {
         )));
     }
     vcpu.debug(&[])?;
-    Ok(match run(&mut vcpu) {
+    Ok(match vcpu.run_uninterrupted() {
         Ok(Exit::MmioRead { address }) if address == DEVICE_PHYSICAL => Ok(()),
         Ok(exit) => Err(format!("the guest did not go on afterwards: {exit:?}")),
         Err(error) => Err(error.to_string()),
     })
-}
-
-fn run(vcpu: &mut Vcpu) -> Result<Exit, Error> {
-    loop {
-        match vcpu.run()? {
-            Exit::Interrupted => {}
-            exit => return Ok(exit),
-        }
-    }
 }
 
 fn tiny_guest(kvm: &Kvm, ram: &Arc<Ram>) -> Result<Vcpu, Error> {
@@ -119,7 +110,7 @@ mod tests {
         let ram = Arc::new(Ram::new(4).unwrap());
         let mut vcpu = tiny_guest(&kvm, &ram).unwrap();
         let address = DEVICE_PHYSICAL;
-        assert_eq!(run(&mut vcpu).unwrap(), Exit::MmioRead { address });
+        assert_eq!(vcpu.run_uninterrupted().unwrap(), Exit::MmioRead { address });
         // A KVM that has none must give a reason that names what its guest did.
         if let Err(reason) = probe(&kvm).unwrap() {
             assert!(reason.contains("guest"), "{reason}");

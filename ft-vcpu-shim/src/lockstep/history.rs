@@ -34,6 +34,10 @@ pub enum AccessKind {
     /// HLT.
     #[default]
     Halt,
+    /// None: an interrupt could enter for which a window was wanted.
+    Window,
+    /// None: the guest had no stop of its own when something waited for it (a state delta).
+    Forced,
     /// Anything else; the execution ends there.
     Other,
 }
@@ -48,6 +52,8 @@ impl AccessKind {
             Self::MmioWrite => "mmio-write",
             Self::MmioRead => "mmio-read",
             Self::Halt => "halt",
+            Self::Window => "window",
+            Self::Forced => "state-delta",
             Self::Other => "other",
         }
     }
@@ -75,6 +81,7 @@ impl Access {
             Exit::MmioWrite { address } => (AccessKind::MmioWrite, address),
             Exit::MmioRead { address } => (AccessKind::MmioRead, address),
             Exit::Halt => (AccessKind::Halt, 0),
+            Exit::Window => (AccessKind::Window, 0),
             _ => (AccessKind::Other, 0),
         };
         let mut access = Self {
@@ -84,6 +91,15 @@ impl Access {
         };
         access.set_data(data);
         access
+    }
+
+    /// The stop of a guest that has none of its own.
+    #[must_use]
+    pub fn forced() -> Self {
+        Self {
+            kind: AccessKind::Forced,
+            ..Self::default()
+        }
     }
 
     /// What was written, or read as the answer; its first bytes if it is long.

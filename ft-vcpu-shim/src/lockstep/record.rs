@@ -9,7 +9,7 @@ use ft_client::{
 };
 use ft_protocol::{Body, DeviceId, Generation, Held, Lsn, Stop, replica::Role};
 
-use super::timeline::{Answered, Happening, Promotion, Timeline, Waiting};
+use super::timeline::{Ahead, Answered, Happening, Promotion, Timeline, Waiting};
 use crate::error::Error;
 
 /// A backup may replay up to the last entry only: without any for this many exits, one is made for it.
@@ -258,6 +258,27 @@ impl Timeline for Recorder {
             }
             self.sleep(ticket, waiting.alarm_ns);
         }
+    }
+
+    fn ahead(&mut self, _stop: &Stop) -> Result<Ahead, Error> {
+        Ok(Ahead::Run)
+    }
+
+    fn is_waiting(&mut self, inputs_ready: &dyn Fn(usize) -> u64, alarm_ns: Option<u64>) -> bool {
+        let input = (0..self.delivered.len()).any(|device| inputs_ready(device) > self.delivered[device]);
+        input || alarm_ns.is_some_and(|alarm| self.virtual_ns() >= alarm)
+    }
+
+    fn halted(&mut self, stop: &Stop, state: &[u8], pages: &mut dyn Iterator<Item = Vec<u8>>) -> Result<(), Error> {
+        for payload in pages {
+            let body = Body::Pages { payload: &payload };
+            self.append(stop, DeviceId::SHIM, 0, &body, Urgency::Later)?;
+        }
+        // It may be long until the next output: the backup is to follow a guest that only computes, too.
+        let urgency = self.output_urgency();
+        let payload = state;
+        self.append(stop, DeviceId::SHIM, 0, &Body::State { stop: *stop, payload }, urgency)?;
+        Ok(())
     }
 
     fn go_live(self: Box<Self>, _delivered: &[u64]) -> Option<Promotion> {

@@ -6,10 +6,11 @@ use ft_client::events::monotonic_ns;
 use ft_protocol::{Body, Generation, Lsn, Stop, entry::Entry, limits::DEVICES_MAX};
 
 use super::{
+    delta::{self, Delta},
     divergence::{Divergence, difference},
     record::Recorder,
     source::{Online, Source},
-    timeline::{Answered, Happening, LoggedInput, Promotion, Timeline, Waiting},
+    timeline::{Ahead, Answered, Happening, LoggedInput, Promotion, Timeline, Waiting},
 };
 use crate::error::Error;
 
@@ -25,7 +26,7 @@ struct Upcoming {
     action: Action,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
     Kick,
     Deliver(u64),
@@ -33,6 +34,7 @@ enum Action {
     Console,
     Sync,
     PowerOff,
+    State,
 }
 
 /// The replaying side's timeline.
@@ -42,6 +44,9 @@ pub struct Replayer<S> {
     frame: Vec<u8>,
     upcoming: Option<Upcoming>,
     inputs: Vec<VecDeque<LoggedInput>>,
+    /// The pages read so far of a delta whose state did not come yet; with the state once it is upcoming.
+    delta: Delta,
+    delta_pages: usize,
     /// The last entry that was read.
     last: Lsn,
     /// The last entry that was applied; inputs are, with the entry after them.
@@ -61,6 +66,8 @@ impl<S: Source> Replayer<S> {
             frame: Vec::new(),
             upcoming: None,
             inputs: vec![VecDeque::new(); DEVICES_MAX],
+            delta: Delta::default(),
+            delta_pages: 0,
             last: Lsn::ZERO,
             applied: Lsn::ZERO,
             console,
@@ -106,6 +113,21 @@ impl<S: Source> Replayer<S> {
                 Body::Console { .. } => Action::Console,
                 Body::Sync(_) => Action::Sync,
                 Body::PowerOff { .. } => Action::PowerOff,
+                Body::Pages { payload } => {
+                    self.delta_pages += delta::page_count(payload).unwrap_or(usize::MAX / 2);
+                    if self.delta_pages > delta::PAGES_MAX {
+                        return Err(Error::LogEnds(format!(
+                            "entry {} has pages that no machine has",
+                            entry.lsn
+                        )));
+                    }
+                    self.delta.pages.push(payload.to_vec());
+                    continue;
+                }
+                Body::State { payload, .. } => {
+                    self.delta.state = payload.to_vec();
+                    Action::State
+                }
             };
             self.upcoming = Some(Upcoming {
                 lsn: entry.lsn,
@@ -317,11 +339,36 @@ impl<S: Successor + 'static> Timeline for Replayer<S> {
                     self.set_time(now_ns);
                     Happening::Time(now_ns)
                 }
-                Action::Kick | Action::Console | Action::PowerOff => {
+                Action::Kick | Action::Console | Action::PowerOff | Action::State => {
                     return Err(Self::diverged(&upcoming, stop, "the guest did not do this here"));
                 }
             }));
         }
+    }
+
+    fn ahead(&mut self, stop: &Stop) -> Result<Ahead, Error> {
+        Ok(match &self.upcoming {
+            Some(upcoming)
+                if upcoming.action == Action::State && upcoming.stop.position.exits == stop.position.exits + 1 =>
+            {
+                self.delta_pages = 0;
+                Ahead::Adopt(std::mem::take(&mut self.delta))
+            }
+            _ => Ahead::Run,
+        })
+    }
+
+    fn is_waiting(&mut self, _inputs_ready: &dyn Fn(usize) -> u64, _alarm_ns: Option<u64>) -> bool {
+        false
+    }
+
+    fn halted(&mut self, stop: &Stop, _state: &[u8], _pages: &mut dyn Iterator<Item = Vec<u8>>) -> Result<(), Error> {
+        let upcoming = self.upcoming.take().expect("what was adopted came from it");
+        if let Some(what) = difference(&upcoming.stop, stop) {
+            return Err(Self::diverged(&upcoming, stop, what));
+        }
+        self.applied = upcoming.lsn;
+        Ok(())
     }
 
     fn go_live(mut self: Box<Self>, delivered: &[u64]) -> Option<Promotion> {

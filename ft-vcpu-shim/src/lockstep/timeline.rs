@@ -4,6 +4,7 @@
 
 use ft_protocol::{Generation, Lsn, Stop};
 
+use super::delta::Delta;
 use crate::error::Error;
 
 /// An answer, or the end of the log.
@@ -56,6 +57,15 @@ pub struct Waiting {
     pub idle: bool,
     /// When its alarm is due.
     pub alarm_ns: Option<u64>,
+}
+
+/// How the guest gets from one stop to the next.
+#[derive(Debug)]
+pub enum Ahead {
+    /// It runs there by itself.
+    Run,
+    /// It does not run, but becomes what the log says.
+    Adopt(Delta),
 }
 
 /// What is left of a replay when its log is over.
@@ -120,6 +130,22 @@ pub trait Timeline {
         inputs_ready: &dyn Fn(usize) -> u64,
         waiting: Waiting,
     ) -> Result<Answered<Happening>, Error>;
+
+    /// How the guest gets from `stop`, where nothing more happens, to the next one.
+    ///
+    /// # Errors
+    /// See [`Timeline::now`].
+    fn ahead(&mut self, stop: &Stop) -> Result<Ahead, Error>;
+
+    /// Whether something waits for the guest to stop: an input, or an alarm.
+    fn is_waiting(&mut self, inputs_ready: &dyn Fn(usize) -> u64, alarm_ns: Option<u64>) -> bool;
+
+    /// The guest stands still at `stop`, where it has no stop of its own: `state` and `pages`, as [`Delta`] has them, are what a replay
+    /// adopts, or has adopted.
+    ///
+    /// # Errors
+    /// See [`Timeline::now`].
+    fn halted(&mut self, stop: &Stop, state: &[u8], pages: &mut dyn Iterator<Item = Vec<u8>>) -> Result<(), Error>;
 
     /// After [`Answered::EndOfLog`]: the promotion of this side, which has delivered `delivered[device]` inputs so far. A timeline
     /// that cannot go on (an offline replay) gives `None`.

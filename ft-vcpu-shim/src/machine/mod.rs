@@ -2,5 +2,8 @@
 
 pub mod boot;
 pub mod cpuid;
+pub mod kick;
 pub mod memory;
+pub mod state;
 pub mod vcpu;
+pub mod windows;

@@ -3,13 +3,18 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, KVM_MAX_CPUID_ENTRIES, kvm_fpu, kvm_guest_debug, kvm_interrupt,
-    kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+    CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_fpu,
+    kvm_guest_debug, kvm_interrupt, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, SyncReg, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
-use super::{boot, cpuid, memory::Ram};
+use super::{
+    boot, cpuid,
+    kick::Kick,
+    memory::Ram,
+    state::{self, VcpuState},
+};
 use crate::error::Error;
 
 mod request {
@@ -55,6 +60,8 @@ pub enum Exit {
     },
     /// HLT.
     Halt,
+    /// The window that was asked for is open (see [`Vcpu::want_window`]): the guest could take an interrupt here.
+    Window,
     /// A signal came; nothing happened in the guest.
     Interrupted,
     /// The guest is where a debugger wanted it to stand still (see [`Vcpu::debug`]).
@@ -72,7 +79,8 @@ pub struct Vcpu {
     data: Vec<u8>,
     /// Where the answer to a read exit goes in the run area, and how long it is.
     pending: Option<*mut [u8]>,
-    _vm: VmFd,
+    msrs: Vec<kvm_msr_entry>,
+    vm: VmFd,
     /// Mapped by KVM, so it must outlive the VM.
     ram: Arc<Ram>,
 }
@@ -91,8 +99,24 @@ pub struct CpuState {
     pub fpu: kvm_fpu,
 }
 
-fn kvm_failed(what: &str) -> impl Fn(kvm_ioctls::Error) -> Error + '_ {
+pub(super) fn kvm_failed(what: &str) -> impl Fn(kvm_ioctls::Error) -> Error + '_ {
     move |source| Error::environment(format!("KVM refused to {what}: {source}"))
+}
+
+/// The only memory slot.
+const SLOT: u32 = 0;
+
+/// Maps `ram` as the VM's memory, or maps it again with other flags.
+fn map(vm: &VmFd, ram: &Ram, flags: u32) -> Result<(), Error> {
+    let slot = kvm_userspace_memory_region {
+        slot: SLOT,
+        flags,
+        guest_phys_addr: 0,
+        memory_size: ram.bytes(),
+        userspace_addr: ram.host_address(),
+    };
+    // SAFETY: the range is the whole mapping of `ram`, which the `Vcpu` of this VM keeps for longer than the VM.
+    unsafe { vm.set_user_memory_region(slot) }.map_err(kvm_failed("map guest memory"))
 }
 
 /// Opens /dev/kvm.
@@ -114,15 +138,7 @@ impl Vcpu {
     /// Whatever KVM refuses.
     pub fn new(kvm: &Kvm, ram: Arc<Ram>, cpuid: &CpuId, entry: u64) -> Result<Self, Error> {
         let vm = kvm.create_vm().map_err(kvm_failed("create a VM"))?;
-        let slot = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: ram.bytes(),
-            userspace_addr: ram.host_address(),
-        };
-        // SAFETY: the range is the whole mapping of `ram`, which `self` keeps longer than the VM.
-        unsafe { vm.set_user_memory_region(slot) }.map_err(kvm_failed("map guest memory"))?;
+        map(&vm, &ram, 0)?;
         let mut vcpu = vm.create_vcpu(0).map_err(kvm_failed("create a vCPU"))?;
         vcpu.set_cpuid2(cpuid).map_err(kvm_failed("set CPUID"))?;
         let sregs = vcpu.get_sregs().map_err(kvm_failed("read registers"))?;
@@ -132,12 +148,90 @@ impl Vcpu {
             .map_err(kvm_failed("set registers"))?;
         vcpu.set_sync_valid_reg(SyncReg::Register);
         Ok(Self {
+            msrs: state::supported_msrs(&vcpu)?,
             vcpu,
             data: Vec::with_capacity(EXIT_BYTES_MAX),
             pending: None,
-            _vm: vm,
+            vm,
             ram,
         })
+    }
+
+    /// A timer that gets this vCPU out of [`Vcpu::run`]; for the thread that calls.
+    ///
+    /// # Errors
+    /// See [`Kick::new`].
+    pub fn kick(&self) -> Result<Kick, Error> {
+        Kick::new(&self.vcpu)
+    }
+
+    /// From now on KVM notes which pages the guest writes.
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn track_writes(&mut self) -> Result<(), Error> {
+        map(&self.vm, &self.ram, KVM_MEM_LOG_DIRTY_PAGES)
+    }
+
+    /// The pages written since [`Vcpu::track_writes`] or the last call: one bit a page, from guest address 0.
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn take_written(&mut self) -> Result<Vec<u64>, Error> {
+        self.vm
+            .get_dirty_log(SLOT, self.ram.bytes() as usize)
+            .map_err(kvm_failed("tell which pages were written"))
+    }
+
+    /// Everything the vCPU consists of, after [`Exit::Interrupted`].
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn capture(&mut self) -> Result<VcpuState, Error> {
+        let can_interrupt = self.can_interrupt();
+        VcpuState::capture(&self.vcpu, &self.msrs, can_interrupt)
+    }
+
+    /// Runs to the next exit that is not a signal's.
+    ///
+    /// # Errors
+    /// See [`Vcpu::run`].
+    pub fn run_uninterrupted(&mut self) -> Result<Exit, Error> {
+        loop {
+            match self.run()? {
+                Exit::Interrupted => {}
+                exit => return Ok(exit),
+            }
+        }
+    }
+
+    /// Becomes the vCPU that `state` was taken of. An unfinished access is finished first, and has no effect any more.
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn adopt(&mut self, state: &VcpuState) -> Result<(), Error> {
+        self.vcpu.set_kvm_immediate_exit(1);
+        let finished = self.run();
+        self.vcpu.set_kvm_immediate_exit(0);
+        match finished? {
+            Exit::Interrupted => {}
+            exit => {
+                return Err(Error::environment(format!(
+                    "KVM ran the guest instead of finishing its access: {exit:?}"
+                )));
+            }
+        }
+        state.put(&self.vcpu)?;
+        self.vcpu.sync_regs_mut().regs = state.regs;
+        let run = self.vcpu.get_kvm_run();
+        run.ready_for_interrupt_injection = u8::from(state.can_interrupt);
+        run.if_flag = u8::from(state.can_interrupt);
+        Ok(())
+    }
+
+    /// Whether the guest shall stop as soon as an interrupt can enter ([`Exit::Window`]).
+    pub fn want_window(&mut self, wanted: bool) {
+        self.vcpu.get_kvm_run().request_interrupt_window = u8::from(wanted);
     }
 
     /// Runs the guest to its next exit. The answer to the previous read exit must be given by then.
@@ -174,6 +268,7 @@ impl Vcpu {
                 Exit::MmioRead { address }
             }
             VcpuExit::Hlt => Exit::Halt,
+            VcpuExit::IrqWindowOpen => Exit::Window,
             VcpuExit::Intr => Exit::Interrupted,
             VcpuExit::Debug(_) => Exit::Trap,
             VcpuExit::Shutdown => Exit::Shutdown,

@@ -88,18 +88,113 @@ tiny_guest_end:
     "#
 );
 
+// 12 times: set the alarm 2 ms ahead and compute, without an exit, until its interrupt came. What is computed goes through memory, 16
+// pages of it, whose sum is in a register at the last exits. Then as above.
+global_asm!(
+    r#"
+    .section .rodata.busy_guest, "a"
+    .global busy_guest_start
+    .global busy_guest_end
+busy_guest_start:
+    mov rsp, 0x7000
+    lea rax, [rip + 6f]
+    mov rdi, 0x20000 + 0x29 * 16
+    mov word ptr [rdi], ax
+    mov word ptr [rdi + 2], 0x10
+    mov word ptr [rdi + 4], 0x8e00
+    shr rax, 16
+    mov word ptr [rdi + 6], ax
+    mov qword ptr [rdi + 8], 0
+    lidt [rip + 7f]
+    mov al, 0x11
+    out 0x20, al
+    out 0xa0, al
+    mov al, 0x20
+    out 0x21, al
+    mov al, 0x28
+    out 0xa1, al
+    mov al, 4
+    out 0x21, al
+    mov al, 2
+    out 0xa1, al
+    mov al, 3
+    out 0x21, al
+    out 0xa1, al
+    xor eax, eax
+    out 0x21, al
+    out 0xa1, al
+    mov rbx, 0xd000f000
+    mov ecx, 12
+    xor r9, r9
+2:
+    mov rax, qword ptr [rbx]
+    add rax, 2000000
+    mov qword ptr [rbx + 8], rax
+    mov r10, r9
+    sti
+3:  add r8, 0x1e3779b9
+    mov rsi, r8
+    and rsi, 0xfff8
+    add qword ptr [rsi + 0x200000], r8
+    xor r8, qword ptr [rsi + 0x200000]
+    cmp r9, r10
+    je 3b
+    cli
+    dec ecx
+    jnz 2b
+    mov rsi, 0x200000
+4:  add r8, qword ptr [rsi]
+    add rsi, 8
+    cmp rsi, 0x210000
+    jb 4b
+    mov dx, 0x3f8
+    mov al, 'o'
+    out dx, al
+    mov al, 'k'
+    out dx, al
+    mov al, 10
+    out dx, al
+    mov dx, 0x604
+    mov ax, 0x2000
+    out dx, ax
+5:  jmp 5b
+6:  inc r9
+    mov qword ptr [rbx + 8], 0
+    iretq
+7:  .word 0xfff
+    .quad 0x20000
+busy_guest_end:
+    .text
+    "#
+);
+
 unsafe extern "C" {
     static tiny_guest_start: u8;
     static tiny_guest_end: u8;
+    static busy_guest_start: u8;
+    static busy_guest_end: u8;
 }
 
-/// The guest as an ELF file with one segment at 1 MiB.
+/// The guest that waits for its alarms, as an ELF file with one segment at 1 MiB.
 pub fn tiny_guest() -> Vec<u8> {
     // SAFETY: both symbols are in this binary and frame the guest's bytes in one read-only section.
-    let code = unsafe {
-        let (start, end) = (&raw const tiny_guest_start, &raw const tiny_guest_end);
-        std::slice::from_raw_parts(start, end.offset_from(start) as usize)
-    };
+    elf(unsafe { between(&raw const tiny_guest_start, &raw const tiny_guest_end) })
+}
+
+/// The guest that computes until its alarms interrupt it.
+pub fn busy_guest() -> Vec<u8> {
+    // SAFETY: as above.
+    elf(unsafe { between(&raw const busy_guest_start, &raw const busy_guest_end) })
+}
+
+/// # Safety
+/// Both are in one section of this binary, `start` first.
+unsafe fn between(start: *const u8, end: *const u8) -> &'static [u8] {
+    // SAFETY: the caller's promise; a section is read-only and lives as long as the process.
+    unsafe { std::slice::from_raw_parts(start, end.offset_from(start) as usize) }
+}
+
+fn elf(code: &[u8]) -> Vec<u8> {
     let mut elf = Vec::from(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
     elf.extend([2u16, 62].iter().flat_map(|half| half.to_le_bytes()));
     elf.extend(1u32.to_le_bytes());
@@ -129,8 +224,12 @@ pub fn kernel(directory: &tempfile::TempDir) -> PathBuf {
 }
 
 pub fn machine(directory: &tempfile::TempDir) -> MachineArgs {
+    machine_of(directory, &tiny_guest())
+}
+
+pub fn machine_of(directory: &tempfile::TempDir, guest: &[u8]) -> MachineArgs {
     let path = kernel(directory);
-    std::fs::write(&path, tiny_guest()).unwrap();
+    std::fs::write(&path, guest).unwrap();
     Flags::parse_from(["test", "--ram-mib", "4", "--kernel", path.to_str().unwrap()]).machine
 }
 

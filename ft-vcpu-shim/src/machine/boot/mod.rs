@@ -129,7 +129,8 @@ fn check_command_line(command_line: &str, bytes_max: usize) -> Result<(), Error>
     )))
 }
 
-fn write_tables(memory: &GuestMemoryMmap) {
+/// GDT and page tables of the entry state.
+pub(super) fn write_tables(memory: &GuestMemoryMmap) {
     put_words(memory, GDT, &GDT_ENTRIES);
     put_words(memory, PML4, &[PDPT | PRESENT_WRITABLE]);
     for gib in 0..4 {

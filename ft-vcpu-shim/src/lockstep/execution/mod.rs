@@ -1,18 +1,20 @@
 //! One vCPU, run from stop point to stop point. The same code records and replays.
 //!
 //! ```text
-//!   ┌─► KVM_RUN ─► exit: count, digest ─► the access itself (board, kick, time) ─┐
-//!   │                                                                            ▼
+//!   ┌─► to the next stop (advance) ─► count, digest ─► the access itself (access) ─┐
+//!   │                                                                              ▼
 //!   └── interrupt, if one is pending and can enter ◄── what happens at this stop (deliver, time), until nothing more
 //! ```
-//! An exit by a signal is no stop: nothing happened in the guest.
 
-use ft_client::{
-    crash,
-    gate::{Answer, Request},
-};
+mod access;
+mod advance;
+
+use std::time::Duration;
+
+use ft_client::{crash, gate::Request};
 use ft_protocol::{Generation, Position, Stop};
 
+use self::advance::{Advance, Impatience};
 use super::{
     digest::Digests,
     history::{Access, Event, History},
@@ -22,15 +24,8 @@ use crate::{
     device::Port,
     error::Error,
     machine::vcpu::{Exit, Vcpu},
-    platform::{Board, Effect, virtio_mmio},
-    rewrite::Kind,
+    platform::Board,
 };
-
-const KIND_PORT_WRITE: u8 = 1;
-const KIND_PORT_READ: u8 = 2;
-const KIND_MMIO_WRITE: u8 = 3;
-const KIND_MMIO_READ: u8 = 4;
-const KIND_HALT: u8 = 5;
 
 /// How an execution ended well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +52,8 @@ pub enum Step {
 /// Told when the execution goes live.
 pub type OnLive = Box<dyn FnMut(Generation, &Position)>;
 
+const TIMELINE: &str = "only taken while going live";
+
 /// A running machine.
 pub struct Execution {
     vcpu: Vcpu,
@@ -69,13 +66,21 @@ pub struct Execution {
     digests: Digests,
     history: History,
     delivered: Vec<u64>,
+    windows: bool,
+    patience: Duration,
+    /// While this side records.
+    impatience: Option<Impatience>,
 }
 
+/// How long a guest may go without a stop when something waits for it, if nobody says otherwise.
+pub const PATIENCE: Duration = Duration::from_millis(5);
+
 impl Execution {
-    /// A machine at power-on.
+    /// A machine at power-on. `windows`: interrupt windows count as stops, on both sides.
     #[must_use]
     pub fn new(
         vcpu: Vcpu,
+        windows: bool,
         board: Board,
         ports: Vec<Box<dyn Port>>,
         timeline: Box<dyn Timeline>,
@@ -93,7 +98,15 @@ impl Execution {
             digests: Digests::default(),
             history: History::default(),
             delivered,
+            windows,
+            patience: PATIENCE,
+            impatience: None,
         }
+    }
+
+    /// How long a guest may go without a stop when something waits for it. Before [`Execution::start`].
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
     }
 
     /// Where the guest is.
@@ -126,7 +139,7 @@ impl Execution {
     }
 
     fn timeline(&mut self) -> &mut dyn Timeline {
-        self.timeline.as_deref_mut().expect("only taken while going live")
+        self.timeline.as_deref_mut().expect(TIMELINE)
     }
 
     fn stop(&self) -> Stop {
@@ -158,6 +171,9 @@ impl Execution {
         for port in &mut self.ports {
             port.call(&Request::Start { live })?;
         }
+        if live {
+            self.begin_recording()?;
+        }
         Ok(())
     }
 
@@ -166,12 +182,11 @@ impl Execution {
     /// # Errors
     /// See [`Execution::run`].
     pub fn step(&mut self) -> Result<Step, Error> {
-        let exit = loop {
-            match self.vcpu.run()? {
-                Exit::Interrupted => {}
-                Exit::Trap => return Ok(Step::Trap),
-                exit => break exit,
-            }
+        let advance = self.advance()?;
+        let access = match &advance {
+            Advance::Trap => return Ok(Step::Trap),
+            Advance::Exit(exit) => Access::of(exit, self.vcpu.data()),
+            Advance::Halted(_) => Access::forced(),
         };
         self.exits += 1;
         let registers = self.vcpu.registers();
@@ -182,198 +197,28 @@ impl Execution {
             rcx: registers.rcx,
         };
         let entry = self.timeline().last_entry();
-        let access = Access::of(&exit, self.vcpu.data());
         self.digests.registers(&registers);
         self.history
             .begin(self.position, access, registers, self.digests.combined(), entry);
-        let end = self.handle(exit)?;
+        let end = self.arrived(advance)?;
         // An offline replay has no timeline left at the end of its log: then nothing was applied here.
         let entry = self.timeline.as_deref().map_or(entry, Timeline::last_entry);
         self.history.settled(self.digests.combined(), entry);
         Ok(end.map_or(Step::Stop, Step::End))
     }
 
-    fn handle(&mut self, exit: Exit) -> Result<Option<End>, Error> {
-        let mut idle = false;
-        let end = match exit {
-            Exit::PortWrite { port, size } => self.port_write(port, size)?,
-            Exit::PortRead { port, size } => self.port_read(port, size)?,
-            Exit::MmioWrite { address } => self.mmio_write(address)?,
-            Exit::MmioRead { address } => self.mmio_read(address)?,
-            Exit::Halt => {
-                self.digests.exit(KIND_HALT, 0, &[]);
-                idle = true;
-                None
+    fn arrived(&mut self, advance: Advance) -> Result<Option<End>, Error> {
+        let exit = match advance {
+            Advance::Exit(exit) => exit,
+            Advance::Halted(halted) => {
+                self.log_state(halted)?;
+                return self.settle(false);
             }
-            Exit::Shutdown => return Err(self.guest("triple fault")),
-            Exit::Unexpected(what) => return Err(self.guest(&format!("KVM exit {what}"))),
-            Exit::Interrupted | Exit::Trap => None,
+            Advance::Trap => return Ok(None),
         };
-        match end {
+        match self.access(&exit)? {
             Some(end) => Ok(Some(end)),
-            None => self.settle(idle),
-        }
-    }
-
-    fn guest(&self, reason: &str) -> Error {
-        Error::Guest {
-            position: self.position,
-            reason: reason.into(),
-        }
-    }
-
-    fn port_write(&mut self, port: u16, size: usize) -> Result<Option<End>, Error> {
-        self.digests.exit(KIND_PORT_WRITE, u64::from(port), self.vcpu.data());
-        let units = self.vcpu.data().len() / size;
-        for unit in 0..units {
-            let bytes = unit * size..(unit + 1) * size;
-            if self.board.port_write_needs_time(port, &self.vcpu.data()[bytes.clone()])
-                && let Some(end) = self.sample_time()?
-            {
-                return Ok(Some(end));
-            }
-            let effect = self.board.port_write(port, &self.vcpu.data()[bytes]);
-            if let Some(end) = self.take_effect(effect)? {
-                return Ok(Some(end));
-            }
-        }
-        Ok(None)
-    }
-
-    fn port_read(&mut self, port: u16, size: usize) -> Result<Option<End>, Error> {
-        self.digests.exit(KIND_PORT_READ, u64::from(port), &[]);
-        if let Some(instruction) = self.board.time_stamp(port, self.vcpu.answer().len()) {
-            return self.read_time_stamp(instruction);
-        }
-        if self.board.port_read_shows_time(port, size)
-            && let Some(end) = self.sample_time()?
-        {
-            return Ok(Some(end));
-        }
-        for unit in self.vcpu.answer().chunks_mut(size) {
-            self.board.port_read(port, unit);
-        }
-        self.history.answered(self.vcpu.answer());
-        Ok(None)
-    }
-
-    /// A rewritten RDTSC or RDTSCP: the counter is virtual time, one count a nanosecond.
-    fn read_time_stamp(&mut self, instruction: Kind) -> Result<Option<End>, Error> {
-        if let Some(end) = self.sample_time()? {
-            return Ok(Some(end));
-        }
-        let [low, high] = [self.board.now_ns() as u32, (self.board.now_ns() >> 32) as u32];
-        self.vcpu.answer().copy_from_slice(&low.to_le_bytes());
-        self.history.answered(self.vcpu.answer());
-        let mut registers = self.vcpu.registers();
-        registers.rdx = u64::from(high);
-        if instruction == Kind::Rdtscp {
-            // IA32_TSC_AUX, which Linux sets to CPU and node.
-            registers.rcx = 0;
-        }
-        self.vcpu.set_registers(registers);
-        Ok(None)
-    }
-
-    /// The access at this stop shows the guest the time, or needs it.
-    fn sample_time(&mut self) -> Result<Option<End>, Error> {
-        let stop = self.stop();
-        let Some(now_ns) = self.ask(|timeline| timeline.now(&stop))? else {
-            return Ok(Some(End::LogEnd));
-        };
-        self.history.event(Event::Time(now_ns));
-        self.board.advance_time(now_ns);
-        Ok(None)
-    }
-
-    fn mmio_write(&mut self, address: u64) -> Result<Option<End>, Error> {
-        self.digests.exit(KIND_MMIO_WRITE, address, self.vcpu.data());
-        let effect = self.board.mmio_write(address, self.vcpu.data());
-        self.take_effect(effect)
-    }
-
-    fn mmio_read(&mut self, address: u64) -> Result<Option<End>, Error> {
-        self.digests.exit(KIND_MMIO_READ, address, &[]);
-        if self.board.load_shows_time(address)
-            && let Some(end) = self.sample_time()?
-        {
-            return Ok(Some(end));
-        }
-        self.board.mmio_read(address, self.vcpu.answer());
-        self.history.answered(self.vcpu.answer());
-        Ok(None)
-    }
-
-    fn take_effect(&mut self, effect: Effect) -> Result<Option<End>, Error> {
-        match effect {
-            Effect::None => Ok(None),
-            Effect::ConsoleLine => self.console(),
-            Effect::PowerOff { reset } => self.power_off(reset),
-            Effect::Virtio(device, effect) => self.virtio(device, effect),
-        }
-    }
-
-    fn console(&mut self) -> Result<Option<End>, Error> {
-        let line = self.board.serial.take_line();
-        let stop = self.stop();
-        let answered = self.ask(|timeline| timeline.console(&stop, &line))?;
-        self.digests.output(xxhash_rust::xxh3::xxh3_64(&line));
-        self.history.event(Event::Console {
-            bytes: line.len() as u32,
-        });
-        Ok(answered.map_or(Some(End::LogEnd), |()| None))
-    }
-
-    fn power_off(&mut self, reset: bool) -> Result<Option<End>, Error> {
-        if !self.board.serial.is_empty()
-            && let Some(end) = self.console()?
-        {
-            return Ok(Some(end));
-        }
-        let stop = self.stop();
-        let answered = self.ask(|timeline| timeline.power_off(&stop, reset))?;
-        self.history.event(Event::PowerOff { reset });
-        let end = if reset { End::Reset } else { End::PowerOff };
-        Ok(Some(answered.map_or(End::LogEnd, |()| end)))
-    }
-
-    fn virtio(&mut self, device: usize, effect: virtio_mmio::Effect) -> Result<Option<End>, Error> {
-        match effect {
-            virtio_mmio::Effect::None => {}
-            virtio_mmio::Effect::Activate => {
-                let transport = &self.board.virtio[device];
-                self.ports[device].activate(transport.driver_features(), transport.queues())?;
-            }
-            virtio_mmio::Effect::Reset => self.ports[device].reset()?,
-            virtio_mmio::Effect::Kick(queue) => return self.kick(device, queue),
-        }
-        Ok(None)
-    }
-
-    fn kick(&mut self, device: usize, queue: u16) -> Result<Option<End>, Error> {
-        let stop = self.stop();
-        let output = self.ports[device].marks_output(queue);
-        let Some((marker, generation)) = self.ask(|timeline| timeline.kick(&stop, device, queue, output))? else {
-            return Ok(Some(End::LogEnd));
-        };
-        let answer = self.ports[device].call(&Request::Kick {
-            queue,
-            marker,
-            generation,
-        })?;
-        self.digests.output(answer.digest);
-        self.history.event(Event::Kick {
-            device: device as u8,
-            queue,
-        });
-        self.interrupt_line(device, answer);
-        crash::point("shim.kick.after");
-        Ok(None)
-    }
-
-    fn interrupt_line(&mut self, device: usize, answer: Answer) {
-        if answer.interrupt {
-            self.board.raise(device);
+            None => self.settle(exit == Exit::Halt),
         }
     }
 
@@ -407,7 +252,7 @@ impl Execution {
     fn happening(&mut self, stop: &Stop, waiting: Waiting) -> Result<Option<Happening>, Error> {
         loop {
             let ports = &self.ports;
-            let timeline = self.timeline.as_deref_mut().expect("only taken while going live");
+            let timeline = self.timeline.as_deref_mut().expect(TIMELINE);
             match timeline.next(stop, &|device| ports[device].inputs(), waiting)? {
                 Answered::Value(happening) => return Ok(Some(happening)),
                 Answered::EndOfLog(generation) => {
@@ -489,6 +334,7 @@ impl Execution {
                 generation,
             })?;
         }
+        self.begin_recording()?;
         self.history.event(Event::Live { generation });
         (self.on_live)(generation, &self.position);
         Ok(true)

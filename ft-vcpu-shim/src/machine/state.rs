@@ -1,0 +1,225 @@
+//! Everything a vCPU that stands still is made of, as bytes: what a state delta carries beside pages.
+//!
+//! ```text
+//!   capture ─► VcpuState ─► encode ──► log ──► decode ─► VcpuState ─► put into another vCPU
+//! ```
+//! Of the model-specific registers it has those that a guest may write and that the same instructions give the same value on every
+//! host; time stamps, counters and what KVM invents are none of them. Writer and reader stand beside each other here.
+
+use kvm_bindings::{Msrs, kvm_debugregs, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave};
+use kvm_ioctls::VcpuFd;
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::vcpu::kvm_failed;
+use crate::error::Error;
+
+/// MSRs that belong to the state, where KVM has them.
+const MSRS: [u32; 14] = [
+    0x48,        // SPEC_CTRL
+    0x174,       // SYSENTER_CS
+    0x175,       // SYSENTER_ESP
+    0x176,       // SYSENTER_EIP
+    0x1a0,       // MISC_ENABLE
+    0x1d9,       // DEBUGCTL
+    0x277,       // PAT
+    0xda0,       // XSS
+    0xc000_0081, // STAR
+    0xc000_0082, // LSTAR
+    0xc000_0083, // CSTAR
+    0xc000_0084, // SFMASK
+    0xc000_0102, // KERNEL_GS_BASE
+    0xc000_0103, // TSC_AUX
+];
+
+/// Most bytes of an encoded state: all of it is of fixed size but the MSRs.
+const FIXED_BYTES: usize = 1
+    + size_of::<kvm_regs>()
+    + size_of::<kvm_sregs>()
+    + size_of::<kvm_xcrs>()
+    + size_of::<kvm_xsave>()
+    + size_of::<kvm_debugregs>()
+    + size_of::<kvm_vcpu_events>();
+
+/// The state of one vCPU.
+#[derive(Debug)]
+pub struct VcpuState {
+    /// Whether an interrupt can enter here: KVM says so only to the vCPU that stopped.
+    pub can_interrupt: bool,
+    /// General registers.
+    pub regs: kvm_regs,
+    sregs: kvm_sregs,
+    xcrs: kvm_xcrs,
+    xsave: kvm_xsave,
+    debug: kvm_debugregs,
+    events: kvm_vcpu_events,
+    msrs: Vec<kvm_msr_entry>,
+}
+
+/// Which of [`MSRS`] this KVM has for a guest with this CPUID: some can be read and not set.
+///
+/// # Errors
+/// When KVM cannot be asked.
+pub(super) fn supported_msrs(vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, Error> {
+    let mut supported = Vec::with_capacity(MSRS.len());
+    for index in MSRS {
+        let entry = kvm_msr_entry {
+            index,
+            ..Default::default()
+        };
+        let mut one = list(&[entry]);
+        let read = vcpu.get_msrs(&mut one).map_err(kvm_failed("read MSRs"))?;
+        if read == 1 && vcpu.set_msrs(&one).map_err(kvm_failed("set MSRs"))? == 1 {
+            supported.push(entry);
+        }
+    }
+    Ok(supported)
+}
+
+fn list(entries: &[kvm_msr_entry]) -> Msrs {
+    Msrs::from_entries(entries).expect("far fewer than KVM's limit")
+}
+
+impl VcpuState {
+    /// Takes the state of `vcpu`, which has no unfinished access, with these MSRs.
+    pub(super) fn capture(vcpu: &VcpuFd, msrs: &[kvm_msr_entry], can_interrupt: bool) -> Result<Self, Error> {
+        let failed = kvm_failed("read the vCPU's state");
+        let mut values = list(msrs);
+        let read = vcpu.get_msrs(&mut values).map_err(&failed)?;
+        if read != msrs.len() {
+            return Err(Error::environment(format!(
+                "KVM does not give MSR {:#x} any more",
+                msrs[read].index
+            )));
+        }
+        Ok(Self {
+            can_interrupt,
+            regs: vcpu.get_regs().map_err(&failed)?,
+            sregs: vcpu.get_sregs().map_err(&failed)?,
+            xcrs: vcpu.get_xcrs().map_err(&failed)?,
+            xsave: vcpu.get_xsave().map_err(&failed)?,
+            debug: vcpu.get_debug_regs().map_err(&failed)?,
+            events: vcpu.get_vcpu_events().map_err(&failed)?,
+            msrs: values.as_slice().to_vec(),
+        })
+    }
+
+    /// Puts the state into `vcpu`. Events come last: setting registers drops a pending exception.
+    pub(super) fn put(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+        let failed = kvm_failed("set the vCPU's state");
+        vcpu.set_sregs(&self.sregs).map_err(&failed)?;
+        vcpu.set_regs(&self.regs).map_err(&failed)?;
+        vcpu.set_xcrs(&self.xcrs).map_err(&failed)?;
+        // SAFETY: `kvm_xsave` is the whole 4096 bytes that KVM_SET_XSAVE reads; larger areas are for features that only a
+        // process which asked the kernel for them (AMX) can give to a guest, and this one asks for none.
+        unsafe { vcpu.set_xsave(&self.xsave) }.map_err(&failed)?;
+        let set = vcpu.set_msrs(&list(&self.msrs)).map_err(&failed)?;
+        if set != self.msrs.len() {
+            return Err(Error::environment(format!(
+                "KVM refused MSR {:#x} = {:#x}: the hosts differ more than their CPUID tells",
+                self.msrs[set].index, self.msrs[set].data
+            )));
+        }
+        vcpu.set_debug_regs(&self.debug).map_err(&failed)?;
+        vcpu.set_vcpu_events(&self.events).map_err(&failed)
+    }
+
+    /// The state as bytes of the log.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(FIXED_BYTES + self.msrs.len() * size_of::<kvm_msr_entry>());
+        out.push(u8::from(self.can_interrupt));
+        for part in [
+            self.regs.as_bytes(),
+            self.sregs.as_bytes(),
+            self.xcrs.as_bytes(),
+            self.xsave.as_bytes(),
+            self.debug.as_bytes(),
+            self.events.as_bytes(),
+            self.msrs.as_bytes(),
+        ] {
+            out.extend_from_slice(part);
+        }
+        lz4_flex::block::compress(&out)
+    }
+
+    /// Reads what [`VcpuState::encode`] wrote; `None` for anything else.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let bytes_max = FIXED_BYTES + MSRS.len() * size_of::<kvm_msr_entry>();
+        let bytes = lz4_flex::block::decompress(bytes, bytes_max).ok()?;
+        let (can_interrupt, rest) = bytes.split_first()?;
+        let (regs, rest) = FromBytes::read_from_prefix(rest).ok()?;
+        let (sregs, rest) = FromBytes::read_from_prefix(rest).ok()?;
+        let (xcrs, rest) = FromBytes::read_from_prefix(rest).ok()?;
+        let (xsave, rest) = FromBytes::read_from_prefix(rest).ok()?;
+        let (debug, rest) = FromBytes::read_from_prefix(rest).ok()?;
+        let (events, rest) = FromBytes::read_from_prefix(rest).ok()?;
+        let msrs = rest.chunks(size_of::<kvm_msr_entry>());
+        let msrs: Option<Vec<kvm_msr_entry>> = msrs.map(|entry| FromBytes::read_from_bytes(entry).ok()).collect();
+        // Nothing is set in a vCPU that is not of this list, whoever wrote the log.
+        let msrs = msrs.filter(|msrs| msrs.iter().all(|entry| MSRS.contains(&entry.index)))?;
+        Some(Self {
+            can_interrupt: match can_interrupt {
+                0 => false,
+                1 => true,
+                _ => return None,
+            },
+            regs,
+            sregs,
+            xcrs,
+            xsave,
+            debug,
+            events,
+            msrs,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn state(msr: u32) -> VcpuState {
+        VcpuState {
+            can_interrupt: true,
+            regs: kvm_regs {
+                rip: 0x1234,
+                ..Default::default()
+            },
+            sregs: kvm_sregs::default(),
+            xcrs: kvm_xcrs::default(),
+            xsave: kvm_xsave::default(),
+            debug: kvm_debugregs::default(),
+            events: kvm_vcpu_events::default(),
+            msrs: vec![kvm_msr_entry {
+                index: msr,
+                data: 7,
+                ..Default::default()
+            }],
+        }
+    }
+
+    #[test]
+    fn a_state_reads_back_and_an_msr_that_is_none_of_it_is_refused() {
+        let encoded = state(0xc000_0081).encode();
+        assert!(encoded.len() < 200, "{} bytes for zeros", encoded.len());
+        let decoded = VcpuState::decode(&encoded).unwrap();
+        assert_eq!((decoded.can_interrupt, decoded.regs.rip), (true, 0x1234));
+        assert_eq!(decoded.encode(), encoded);
+        assert!(
+            VcpuState::decode(&state(0x10).encode()).is_none(),
+            "the time stamp counter"
+        );
+        assert!(VcpuState::decode(&encoded[..encoded.len() - 1]).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = VcpuState::decode(&bytes);
+            let _ = VcpuState::decode(&lz4_flex::block::compress(&bytes));
+        }
+    }
+}
