@@ -149,8 +149,9 @@ impl Execution {
         let can_interrupt = self.vcpu.can_interrupt();
         let ports = &self.ports;
         let timeline = self.timeline.as_deref_mut().expect(TIMELINE);
-        let waits = timeline.is_waiting(&|device| ports[device].inputs(), self.board.deadline_ns());
-        if !waits && !(can_interrupt && self.board.pic.is_pending()) {
+        let arrived = timeline.is_waiting(&|device| ports[device].inputs(), self.board.deadline_ns());
+        let can_enter = can_interrupt && self.board.pic.is_pending();
+        if !(arrived || can_enter) {
             return Ok(false);
         }
         Ok(can_interrupt || self.windows || !impatience.retry()?)
