@@ -39,6 +39,7 @@ pub(super) fn fields(body: &Body<'_>) -> Map<String, Value> {
         Body::Time { now_ns, .. } => json!({ "now_ns": now_ns }),
         Body::Console { bytes, .. } => json!({ "console_bytes": bytes }),
         Body::PowerOff { reset, .. } => json!({ "reset": reset }),
+        Body::Pages { payload } | Body::State { payload, .. } => json!({ "payload_bytes": payload.len() }),
         Body::Kick(_) | Body::Sync(_) => json!({}),
     };
     match fields {
@@ -49,7 +50,7 @@ pub(super) fn fields(body: &Body<'_>) -> Map<String, Value> {
 
 fn payload<'a>(body: &Body<'a>) -> Option<&'a [u8]> {
     match *body {
-        Body::Input { payload, .. } => Some(payload),
+        Body::Input { payload, .. } | Body::Pages { payload } | Body::State { payload, .. } => Some(payload),
         Body::Boot { devices, .. } => Some(devices),
         _ => None,
     }
