@@ -262,7 +262,10 @@ impl Connection {
 }
 
 /// Gives the client of a join line its seat, or says why not.
-fn admit(vm: &str, line: &[u8], local: &mut Local) -> Result<usize, String> {
+///
+/// # Errors
+/// What the client is told.
+pub fn admit(vm: &str, line: &[u8], local: &mut Local) -> Result<usize, String> {
     let join: Join = serde_json::from_slice(line).map_err(|error| format!("this is no join line: {error}"))?;
     if join.version != VERSION {
         return Err(format!(
@@ -289,7 +292,7 @@ fn admit(vm: &str, line: &[u8], local: &mut Local) -> Result<usize, String> {
 }
 
 /// Reads a member's report; `false` after garbage.
-fn report(seat: usize, line: &[u8], news: &mut Vec<News>) -> bool {
+pub fn report(seat: usize, line: &[u8], news: &mut Vec<News>) -> bool {
     match serde_json::from_slice(line) {
         Ok(Report::Failed(reason)) => {
             news.push(News::Reported { seat, reason });

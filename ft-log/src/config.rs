@@ -23,6 +23,12 @@ pub enum Side {
 #[derive(Clone, Debug, Parser)]
 #[command(name = "ft-log", version)]
 pub struct Config {
+    /// Take what is not on the command line from this TOML file; its keys are these options without the dashes.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Check the configuration, show what is in force, and end.
+    #[arg(long)]
+    pub check_config: bool,
     /// Name of the VM; the same on both hosts.
     #[arg(long, value_parser = file_name)]
     pub vm: String,

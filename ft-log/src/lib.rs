@@ -17,6 +17,7 @@ pub mod channel;
 pub mod cli;
 pub mod clients;
 pub mod config;
+mod config_file;
 pub mod daemon;
 pub mod exit;
 pub mod heartbeat;

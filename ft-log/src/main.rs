@@ -17,6 +17,10 @@ use tracing_subscriber::EnvFilter;
 fn main() -> ExitCode {
     let exit = match Asked::from_command_line() {
         Asked::Daemon(config) => daemon(*config),
+        Asked::Check(effective) => {
+            print!("{effective}");
+            Exit::Ordinary
+        }
         Asked::Command(Command::Inspect(command)) => inspect(&command),
     };
     ExitCode::from(exit as u8)

@@ -98,6 +98,10 @@ impl SegmentHeader {
         if word(32) != frame::VERSION {
             return Err("it was written by a release with another frame format");
         }
+        let first = Lsn(u64::from(word(24)) | u64::from(word(28)) << 32);
+        if matches!(first, Lsn::ZERO | Lsn::MAX) {
+            return Err("no entry can have the LSN that it begins with");
+        }
         let name = bytes
             .get(NAME..NAME + usize::from(bytes[36]))
             .and_then(|name| String::from_utf8(name.to_vec()).ok())
@@ -107,7 +111,7 @@ impl SegmentHeader {
             vm: name,
             generation: Generation(word(16)),
             index: word(20),
-            first: Lsn(u64::from(word(24)) | u64::from(word(28)) << 32),
+            first,
         })
     }
 
@@ -372,10 +376,11 @@ impl JournalReader {
         if self.opened > 0 && self.offset >= SEGMENT_HEADER_BYTES {
             let (generation, least) = (self.name.generation, self.next);
             let is_later = |bytes: &[u8]| {
-                let entry = whole_entry(bytes).filter(|entry| entry.generation == generation && entry.lsn >= least);
+                let entry = whole_entry(bytes)
+                    .filter(|entry| entry.generation == generation && (least..Lsn::MAX).contains(&entry.lsn));
                 entry.map(|entry| entry.lsn)
             };
-            let starts = self.offset + 1..self.bytes.len().saturating_sub(HEADER_BYTES - 1);
+            let starts = self.offset..self.bytes.len().saturating_sub(HEADER_BYTES - 1);
             if let Some((at, lsn)) = starts
                 .into_iter()
                 .find_map(|at| Some((at, is_later(&self.bytes[at..])?)))
@@ -487,7 +492,7 @@ impl JournalReader {
                 found: entry.generation,
             }));
         }
-        if entry.lsn != self.next {
+        if entry.lsn != self.next || entry.lsn == Lsn::MAX {
             return Err(self.damaged(Defect::Order { found: entry.lsn }));
         }
         Ok(())

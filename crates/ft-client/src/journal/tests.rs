@@ -267,3 +267,28 @@ fn a_torn_tail_that_was_cut_off_leaves_a_whole_journal() {
         }
     }
 }
+
+/// Found by a fuzzer: behind the last LSN there is is no further one.
+#[test]
+fn impossible_lsns_are_damage() {
+    let scratch = Scratch::new("impossible");
+    let (name, mut bytes) = segment(0, 1..=1);
+    bytes.extend(entry_bytes(9));
+    bytes.extend(entry_bytes(u64::MAX));
+    bytes.extend(entry_bytes(u64::MAX));
+    scratch.write(&(name, bytes));
+    let mut reader = JournalReader::open(&scratch.0).unwrap();
+    assert_eq!(reader.next_entry().unwrap().unwrap().0.lsn, Lsn(1));
+    assert!(reader.next_entry().is_err() && reader.skip_damage());
+    assert_eq!(reader.next_entry().unwrap().unwrap().0.lsn, Lsn(9));
+    assert!(reader.next_entry().is_err() && !reader.skip_damage());
+    for first in [0, u64::MAX] {
+        let header = SegmentHeader {
+            vm: "ledger".into(),
+            generation: Generation(1),
+            index: 0,
+            first: Lsn(first),
+        };
+        assert!(SegmentHeader::decode(&header.encode()).is_err());
+    }
+}
