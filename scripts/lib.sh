@@ -99,6 +99,73 @@ build_release() {
   (cd "$repository" && cargo build --release --locked --workspace "$@")
 }
 
+# The Linux demo guest: Debian's own kernel, the ledger service, busybox' httpd; made once for each kernel and each change of those.
+# Sets linux_guest to its directory.
+need_linux_guest() {
+  local kernel=$1 stamp build
+  build=$(mktemp -d)
+  (
+    cd "$repository"
+    cargo rustc --quiet --release --locked -p ledger-linux --bin ledger-linux -- -C target-feature=+crt-static -C strip=symbols
+    cp "$release_dir/ledger-linux" "$build/"
+  )
+  # The file that the witness fetches: see tests/harness/src/download.rs.
+  awk 'BEGIN { for (n = 1; n <= 524288; n++) printf "%07d\n", n }' >"$build/numbers"
+  linux_guest=${FT_CACHE_DIR:-${CARGO_TARGET_DIR:-$repository/target}/stock}/linux-$kernel
+  stamp=$(cat "$repository/scripts/guest-image" "$repository"/guest/ledger-linux/{init,load} "$build"/* | sha256sum)
+  if [ "$stamp" != "$(cat "$linux_guest/stamp" 2>/dev/null)" ]; then
+    "$repository/scripts/guest-image" --kernel "$kernel" --out "$linux_guest" --init "$repository/guest/ledger-linux/init" \
+      --module virtio_mmio --module virtio_blk --module virtio_net --program "$build/ledger-linux" \
+      --file "$repository/guest/ledger-linux/load=usr/bin/load" --file "$build/numbers=www/numbers"
+    echo "$stamp" >"$linux_guest/stamp"
+  fi
+  rm -r "$build"
+}
+
+# Whether this host's KVM executes all of a Linux kernel: one on VMX or SVM does. Others have a /dev/kvm too, and emulate ring 0 as far as they can.
+kvm_runs_linux() {
+  [ -e /dev/kvm ] && { [ -e /sys/module/kvm_intel ] || [ -e /sys/module/kvm_amd ]; } && grep -qwE 'vmx|svm' /proc/cpuinfo
+}
+
+# lab_with_pair SEED [LAB OPTION]... -- COMMAND...: the lab with everything a pair with the guest of need_linux_guest needs.
+lab_with_pair() {
+  local seed=$1 program options=()
+  shift
+  for program in ft-demo ft-log vhost-ft-blk vhost-ft-net ft-vcpu-shim; do
+    options+=(--program "$release_dir/$program")
+  done
+  "$repository/scripts/lab" run --seed "$seed" "${options[@]}" \
+    --file "$linux_guest/vmlinuz=guest/vmlinuz" --file "$linux_guest/initrd=guest/initrd" \
+    --file "$repository/tests/nested/linux-demo=usr/bin/linux-demo" "$@"
+}
+
+# run_linux_demo_in_lab SEED [ARGUMENT OF FT-DEMO]...: files that the arguments name for writing come back to where they were named.
+run_linux_demo_in_lab() {
+  local seed=$1 results=$repository/out/linux-demo arguments=() returned=() index status=0
+  shift
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --json=* | --svg=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    esac
+    case $1 in
+      --json | --svg)
+        [ $# -ge 2 ] || die "$1 wants a file"
+        returned+=("${1#--}=$2")
+        arguments+=("$1" "/results/report.${1#--}")
+        shift
+        ;;
+      *) arguments+=("$1") ;;
+    esac
+    shift
+  done
+  rm -rf "$results"
+  lab_with_pair "$seed" --results "$results" -- sh /usr/bin/linux-demo "${arguments[@]}" || status=$?
+  for index in "${returned[@]}"; do
+    [ ! -e "$results/report.${index%%=*}" ] || cp "$results/report.${index%%=*}" "${index#*=}"
+  done
+  return "$status"
+}
+
 # Debian's own kernel with what the jobs of tests/stock need; made once for each kernel and each change of those.
 need_stock_guest() {
   local kernel=$1 stamp

@@ -119,16 +119,18 @@ impl Session {
         }
     }
 
-    /// Begins and answers as much as can be.
-    pub fn step(&mut self, stream: &mut impl Stream, round: &mut Round<'_, '_, impl BlockDevice>) {
+    /// Begins and answers as much as can be. True if anything was answered: that may have made room which another session waits for.
+    pub fn step(&mut self, stream: &mut impl Stream, round: &mut Round<'_, '_, impl BlockDevice>) -> bool {
         if !self.connected {
             self.connected = true;
             self.active_ns = round.now_ns;
         }
+        let mut answered_any = false;
         loop {
-            let begun = self.begin(stream, round);
+            let waits = self.begin(stream, round);
             let answered = self.answer(stream, round);
-            if !(begun && answered) {
+            answered_any |= answered;
+            if !(waits && answered) {
                 break;
             }
         }
@@ -139,9 +141,10 @@ impl Session {
         if self.count == 0 && (self.closing || is_half_closed(stream)) {
             stream.close();
         }
+        answered_any
     }
 
-    /// True if it stopped for want of a place in `pending` or in the transmit buffer.
+    /// True if it stopped for want of something that answering may give back: a place in `pending` or in the transmit buffer, a read slot.
     fn begin(&mut self, stream: &mut impl Stream, round: &mut Round<'_, '_, impl BlockDevice>) -> bool {
         while !self.closing && round.powering_off.is_none_or(|session| session == round.session) {
             if self.count == SESSION_PENDING_MAX || stream.room() < (self.count + 1) * ANSWER_BYTES_MAX {
@@ -167,7 +170,7 @@ impl Session {
             self.active_ns = round.now_ns;
             let own_appends = self.has_appends();
             let pending = match round.ledger.begin(&request, own_appends, round.now_ns, round.disk) {
-                Begun::Wait => return false,
+                Begun::Wait => return true,
                 Begun::Answered(answer) => Pending::Answered(answer),
                 Begun::Appending(n) => Pending::Appending(n),
                 Begun::Reading(slot) => Pending::Reading(slot),

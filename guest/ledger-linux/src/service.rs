@@ -131,9 +131,11 @@ impl<'b> Service<'b> {
         }
     }
 
-    /// Everything that can be done now. The disk finishes what it is given at once, so this goes on until nobody waits for it.
+    /// Everything that can be done now. The disk finishes what it is given at once, so this goes on until
+    /// nobody waits for it, or for room that an answer made.
     fn step(&mut self, now_ns: u64) {
         loop {
+            let mut answered = false;
             for offset in 0..SESSIONS_MAX {
                 let index = (self.turn + offset) % SESSIONS_MAX;
                 let place = &mut self.places[index];
@@ -145,11 +147,11 @@ impl<'b> Service<'b> {
                     disk: &mut self.disk,
                     powering_off: &mut self.powering_off,
                 };
-                place.session.step(client, &mut round);
+                answered |= place.session.step(client, &mut round);
             }
             self.turn = (self.turn + 1) % SESSIONS_MAX;
             self.ledger.submit(&mut self.disk);
-            if !self.complete() {
+            if !self.complete() && !answered {
                 return;
             }
         }

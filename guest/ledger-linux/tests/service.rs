@@ -84,7 +84,17 @@ fn many_in_flight_are_answered_in_order_and_are_there_after_a_new_start() {
         assert_eq!(answer(&mut stream), (0, n, head.hash, vec![]));
     }
     sender.join().expect("sent");
-    assert_eq!(ask(&mut stream, READ, 7, b"").3, payload(7));
+    // More reads than there are slots, of two clients, and nothing else that could set the service going again.
+    let mut other = connect();
+    let burst: Vec<u8> = (1..=200).flat_map(|n| request(READ, n, b"")).collect();
+    for client in [&mut stream, &mut other] {
+        client.write_all(&burst).expect("sent");
+    }
+    for client in [&mut stream, &mut other] {
+        for n in 1..=200 {
+            assert_eq!(answer(client).3, payload(n));
+        }
+    }
     power_off(stream, service);
 
     let (service, connect) = serve(file.path(), None);

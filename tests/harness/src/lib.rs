@@ -9,18 +9,22 @@
 //!       TAP, VM  ═wire═   TAP, VM      what they say: [events]
 //! ```
 //!
-//! [`scenario`] boots the pair, lets [`witness`] drive the guest's ledger from outside, injects a [`faults::Fault`], and
+//! [`scenario`] boots the pair with a [`guest`], lets [`witness`] drive the guest's ledger from outside (and [`download`] fetch a file
+//! from a Linux guest), injects a [`faults::Fault`], and
 //! hands what was seen to the judges: [`judge`] (what clients were told against what is stored) and [`roles`] (who ended
 //! as what). [`report`] and [`picture`] tell a person; [`bench`] measures. The judges are pure: no socket, no clock, no process.
 
 pub mod bench;
 pub mod clock;
+pub mod download;
 pub mod error;
 pub mod events;
 pub mod faults;
+pub mod guest;
 pub mod judge;
 pub mod ledger;
 pub mod netns;
+pub mod offline;
 pub mod pair;
 pub mod picture;
 pub mod process;

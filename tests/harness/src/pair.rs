@@ -8,19 +8,16 @@ use std::time::{Duration, Instant};
 
 use crate::error::{HarnessError, IoContext};
 use crate::events::{CONSOLE, Event, Events, SOCKET, WaitError};
+use crate::guest::Guest;
 use crate::process::{EXITED, Exit, HostProcesses, ProcessSpec};
 use crate::roles::{BLK, FT_LOG, NET, PROCESSES, SHIM};
-use crate::topology::{GUEST, GUEST_MAC, HostId, TAP, Topology};
+use crate::topology::{GUEST_MAC, HostId, TAP, Topology};
 
-/// Bytes of each host's disk image.
-pub const IMAGE_BYTES: u64 = 16 << 20;
 /// Name of the virtual machine.
 pub const VM: &str = "ledger";
 /// Environment variable that names a crash point to binaries built with `crash-points`.
 pub const CRASH_VARIABLE: &str = "FT_CRASH_AT";
 
-/// How long the pair may take to boot.
-pub const BOOT: Duration = Duration::from_secs(60);
 /// How long a new socket may take from bind to listen.
 const LISTEN: Duration = Duration::from_secs(5);
 
@@ -30,7 +27,7 @@ pub struct PairSetup {
     /// Where the four daemons are.
     pub bin_dir: PathBuf,
     /// The guest.
-    pub guest: PathBuf,
+    pub guest: Guest,
     /// More arguments for both ft-logs.
     pub ft_log_arguments: Vec<String>,
     /// The host that is to die at a crash point, and the `POINT:NTH`.
@@ -52,13 +49,7 @@ impl PairSetup {
                 });
             }
         }
-        if !self.guest.is_file() {
-            let advice = "run `cargo build --release` in guest/ledger".to_owned();
-            return Err(HarnessError::Missing {
-                path: self.guest.clone(),
-                advice,
-            });
-        }
+        self.guest.check()?;
         for device in ["/dev/kvm", "/dev/net/tun"] {
             File::options().read(true).write(true).open(device).map_err(|error| {
                 HarnessError::Environment(format!(
@@ -107,10 +98,16 @@ impl Pair {
         for id in HostId::BOTH {
             let image = pair.image(id);
             File::create_new(&image)
-                .and_then(|file| file.set_len(IMAGE_BYTES))
+                .and_then(|file| file.set_len(pair.setup.guest.image_bytes()))
                 .context(|| format!("create {}", image.display()))?;
         }
         Ok(pair)
+    }
+
+    /// What was to be started.
+    #[must_use]
+    pub fn setup(&self) -> &PairSetup {
+        &self.setup
     }
 
     /// The network.
@@ -138,6 +135,12 @@ impl Pair {
     #[must_use]
     pub fn image(&self, id: HostId) -> PathBuf {
         self.directory.join(id.name()).join("disk.img")
+    }
+
+    /// A host's journal.
+    #[must_use]
+    pub fn journal(&self, id: HostId) -> PathBuf {
+        self.directory.join(id.name()).join("journal")
     }
 
     /// Starts all daemons of both hosts; returns when every socket is there and both shims are started.
@@ -194,7 +197,6 @@ impl Pair {
     }
 
     fn arguments(&self, id: HostId, process: &str) -> Vec<OsString> {
-        let own = self.directory.join(id.name());
         let role = if id == HostId::A { "primary" } else { "backup" };
         let mut list = Arguments::default();
         match process {
@@ -203,7 +205,7 @@ impl Pair {
                 .option("--role", role)
                 .option("--socket-path", self.events.socket(id, FT_LOG))
                 .option("--arbiter", self.directory.join("arbiter"))
-                .option("--journal", own.join("journal"))
+                .option("--journal", self.journal(id))
                 .option("--listen", id.log_address().to_string())
                 .option("--peer", id.peer().log_address().to_string())
                 .option("--host-name", id.name())
@@ -212,12 +214,11 @@ impl Pair {
                 .word("run")
                 .option("--vm", VM)
                 .option("--ft-log", self.events.socket(id, FT_LOG))
-                .option("--kernel", &self.setup.guest)
-                .option("--cmdline", format!("ip={}/24 port={}", GUEST.ip(), GUEST.port()))
+                .options(self.setup.guest.machine())
                 .option("--blk", self.events.socket(id, BLK))
                 .option("--net", self.events.socket(id, NET))
                 .option("--console", self.events.file(id, CONSOLE))
-                .option("--reports", own.join("journal")),
+                .option("--reports", self.journal(id)),
             device => {
                 list.option("--socket-path", self.events.socket(id, device))
                     .option("--ft-log", self.events.socket(id, FT_LOG))
@@ -396,6 +397,13 @@ impl Arguments {
 
     fn option(&mut self, name: &str, value: impl AsRef<OsStr>) -> &mut Self {
         self.word(name).word(value)
+    }
+
+    fn options(&mut self, options: impl IntoIterator<Item = (&'static str, String)>) -> &mut Self {
+        for (name, value) in options {
+            self.option(name, value);
+        }
+        self
     }
 }
 

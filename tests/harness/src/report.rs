@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use crate::clock::ms;
+use crate::download::Download;
 use crate::events::Event;
 use crate::faults::{Expected, Fault, FaultPlan};
 use crate::judge::{Transcript, Verdict};
@@ -91,6 +92,8 @@ pub struct Report {
     pub hold_us_p50: Option<u64>,
     /// 99th percentile of the time an output was held, before the fault (upper bound of its bucket).
     pub hold_us_p99: Option<u64>,
+    /// The file that was fetched meanwhile, from a guest that serves one.
+    pub download: Option<Download>,
     /// The host that is left.
     pub survivor: &'static str,
     /// Everything that is not as it must be; empty after a good run.
@@ -133,6 +136,7 @@ impl Report {
             log_mbit_s: log_mbit_s(events, before),
             hold_us_p50: bucket_percentile(&holds, 50),
             hold_us_p99: bucket_percentile(&holds, 99),
+            download: None,
             survivor: Roles::new(events, since(plan, timeline.fault_ns))
                 .survivor(plan.expected())
                 .name(),
@@ -172,6 +176,17 @@ impl Report {
             "LOST"
         };
         line("connection", connection.to_owned());
+        if let Some(download) = &self.download {
+            let mut body = if download.problems.is_empty() {
+                format!("{} bytes on one connection, SHA-256 as it must be", download.received)
+            } else {
+                format!("{} of {} bytes", download.received, download.bytes)
+            };
+            if let Some(before) = download.received_at_fault {
+                write!(body, "; {before} of them before the fault").expect("writing to a String");
+            }
+            line("download", body);
+        }
         if let Some(gap) = self.gap_ms_max {
             let mut body = format!("{gap:.1} ms at the longest");
             for (what, value) in [("detected", self.detect_ms), ("live", self.go_live_ms)] {

@@ -12,25 +12,23 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::clock::{ms, now_ns};
+use crate::download::{Download, Downloading};
 use crate::error::{HarnessError, IoContext};
 use crate::events::Event;
 use crate::faults::{self, Expected, Fault, FaultPlan, Moment};
+use crate::guest::{Guest, LEDGER_BYTES};
 use crate::judge::{Connection, Transcript, judge};
 use crate::ledger::{DiskImage, SECTOR};
-use crate::pair::{BOOT, IMAGE_BYTES, Pair, PairSetup};
+use crate::offline::{self, Replayed};
+use crate::pair::{Pair, PairSetup};
 use crate::process::{EXITED, Exit};
 use crate::report::{Report, Timeline, since};
 use crate::roles::{PROCESSES, Roles};
-use crate::topology::{GUEST, HostId};
+use crate::topology::{GUEST, GUEST_HTTP, HostId};
 use crate::witness::{Plan, Witness};
 
 /// Records that fit on a run's disk: sector 0 is the header.
-pub const RECORDS_MAX: u64 = IMAGE_BYTES / SECTOR as u64 - 1;
-
-/// How long the survivors may take to end after the power-off.
-const END: Duration = Duration::from_secs(20);
-/// How long the witness waits for an answer before it gives the machine up.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const RECORDS_MAX: u64 = LEDGER_BYTES / SECTOR as u64 - 1;
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -38,7 +36,7 @@ pub struct Setup {
     /// Where the four daemons are.
     pub bin_dir: PathBuf,
     /// The guest.
-    pub guest: PathBuf,
+    pub guest: Guest,
     /// Seeds payloads and the fault's moment.
     pub seed: u64,
     /// Records to append.
@@ -49,6 +47,8 @@ pub struct Setup {
     pub plan: FaultPlan,
     /// More arguments for both ft-logs (heartbeat timers).
     pub ft_log_arguments: Vec<String>,
+    /// Execute what host A recorded again, twice, when the run is over, and compare every stop.
+    pub replay: bool,
     /// Tell on stderr what is going on.
     pub verbose: bool,
 }
@@ -94,7 +94,8 @@ pub struct Outcome {
 /// # Errors
 /// When the run cannot be carried out; what it shows is never an error.
 pub fn run(setup: &Setup, directory: &Path) -> Result<Outcome, HarnessError> {
-    let deadline = Instant::now() + BOOT;
+    let patience = setup.guest.patience();
+    let deadline = Instant::now() + patience.boot;
     let mut pair = Pair::new(setup.pair(), directory)?;
     pair.start(deadline)?;
     setup.say("everything is started");
@@ -106,21 +107,43 @@ pub fn run(setup: &Setup, directory: &Path) -> Result<Outcome, HarnessError> {
         seed: setup.seed,
         records: setup.records,
         rate: setup.rate,
-        patience: PATIENCE,
+        patience: patience.answer,
     };
-    let witness = Witness::start(stream, plan)?;
+    let mut download = download(setup, &pair)?;
+    let witness = match &download {
+        Some(download) => Witness::start_and_hold(stream, plan, download.end())?,
+        None => Witness::start(stream, plan)?,
+    };
     setup.say("the witness is connected");
-    let fault_ns = inject(setup, &pair, &witness)?;
+    let fault_ns = inject(setup, &pair, &witness, download.as_mut())?;
     let transcript = witness.finish();
     setup.say("the witness is done");
+    let download = download.map(Downloading::finish);
     if transcript.connection == Connection::Intact {
         wait_for_the_end(setup, &pair);
     }
-    judge_run(setup, &pair, transcript, fault_ns)
+    judge_run(setup, &pair, transcript, download, fault_ns)
+}
+
+/// Starts the download that is to be in progress at the fault, if the guest can serve one.
+fn download(setup: &Setup, pair: &Pair) -> Result<Option<Downloading>, HarnessError> {
+    if !setup.guest.has_http() {
+        return Ok(None);
+    }
+    let duration = Duration::from_secs(setup.records).div_f64(f64::from(setup.rate));
+    let patience = setup.guest.patience().answer;
+    let started = Downloading::start(pair.topology().client(), GUEST_HTTP.into(), duration, patience)?;
+    setup.say("the download is in progress");
+    Ok(Some(started))
 }
 
 /// Waits for the fault's moment and lets it strike. Returns when it did, if the plan has a moment at all.
-fn inject(setup: &Setup, pair: &Pair, witness: &Witness) -> Result<Option<u64>, HarnessError> {
+fn inject(
+    setup: &Setup,
+    pair: &Pair,
+    witness: &Witness,
+    download: Option<&mut Downloading>,
+) -> Result<Option<u64>, HarnessError> {
     let reach = |moment: &Moment| {
         let reached = witness.wait_until(|progress| progress.answered >= moment.answers);
         if reached {
@@ -132,11 +155,16 @@ fn inject(setup: &Setup, pair: &Pair, witness: &Witness) -> Result<Option<u64>, 
     };
     let kill = |id| faults::kill_host(pair.topology(), id, pair.host(id));
     match &setup.plan {
-        FaultPlan::At(fault, moment) if *fault != Fault::None && reach(moment) => match fault {
-            Fault::KillPrimary => kill(HostId::A).map(Some),
-            Fault::KillBackup => kill(HostId::B).map(Some),
-            Fault::Partition | Fault::None => faults::partition(pair.topology()).map(Some),
-        },
+        FaultPlan::At(fault, moment) if *fault != Fault::None && reach(moment) => {
+            if let Some(download) = download {
+                download.note_fault()?;
+            }
+            match fault {
+                Fault::KillPrimary => kill(HostId::A).map(Some),
+                Fault::KillBackup => kill(HostId::B).map(Some),
+                Fault::Partition | Fault::None => faults::partition(pair.topology()).map(Some),
+            }
+        }
         FaultPlan::CutThenKill { moment, requests } if reach(moment) => {
             let fault_ns = faults::partition(pair.topology())?;
             let enough = witness.progress().sent + requests;
@@ -160,7 +188,9 @@ fn wait_for_the_end(setup: &Setup, pair: &Pair) {
         };
         all.then_some(())
     };
-    let waited = pair.events().wait(Instant::now() + END, ends, |_| None);
+    let waited = pair
+        .events()
+        .wait(Instant::now() + setup.guest.patience().end, ends, |_| None);
     setup.say(if waited.is_ok() {
         "everything has ended"
     } else {
@@ -172,6 +202,7 @@ fn judge_run(
     setup: &Setup,
     pair: &Pair,
     transcript: Transcript,
+    download: Option<Download>,
     fault_ns: Option<u64>,
 ) -> Result<Outcome, HarnessError> {
     let plan = &setup.plan;
@@ -198,7 +229,8 @@ fn judge_run(
     }
     let survivor = roles.survivor(plan.expected());
     let image = read_image(pair, survivor)?;
-    let disk = DiskImage::read(&image).map_err(|source| HarnessError::Ledger {
+    let ledger = &image[..usize::try_from(LEDGER_BYTES).expect("16 MiB")];
+    let disk = DiskImage::read(ledger).map_err(|source| HarnessError::Ledger {
         what: format!("disk image of host {survivor}"),
         source,
     })?;
@@ -206,8 +238,18 @@ fn judge_run(
         problems.push("after an orderly end the two hosts' disk images differ".to_owned());
     }
     let verdict = judge(&transcript, &disk);
+    if setup.replay {
+        setup.say("host A's journal is executed again");
+        match offline::replay(pair, HostId::A)? {
+            Replayed::Same(said) => setup.say(&said),
+            Replayed::Different(said) => problems.push(format!("host A's journal executes differently: {said}")),
+        }
+    }
+    problems.extend(download.iter().flat_map(|download| download.problems.clone()));
     let timeline = Timeline::new(&events, plan, fault_ns);
-    let report = Report::new(plan, setup.seed, &transcript, &verdict, &problems, &events, &timeline);
+    let mut report = Report::new(plan, setup.seed, &transcript, &verdict, &problems, &events, &timeline);
+    report.guest = setup.guest.name();
+    report.download = download;
     Ok(Outcome {
         report,
         timeline,

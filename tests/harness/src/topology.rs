@@ -81,6 +81,8 @@ impl std::fmt::Display for HostId {
 pub const LOG_PORT: u16 = 7700;
 /// The guest's address and port.
 pub const GUEST: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 10), 7000);
+/// A Linux guest's HTTP server.
+pub const GUEST_HTTP: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 10), 80);
 /// The guest's MAC address.
 pub const GUEST_MAC: &str = "52:54:00:77:00:0a";
 /// The VM's TAP device, the same name in both hosts.

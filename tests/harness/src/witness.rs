@@ -90,6 +90,18 @@ impl Witness {
     /// # Errors
     /// When the socket refuses its options, or no thread is to be had.
     pub fn start(stream: TcpStream, plan: Plan) -> Result<Self, HarnessError> {
+        Self::start_and_hold(stream, plan, || ())
+    }
+
+    /// The same, but `before_power_off` must have returned before the witness asks for the power off.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub fn start_and_hold(
+        stream: TcpStream,
+        plan: Plan,
+        before_power_off: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, HarnessError> {
         stream.set_nodelay(true).context(|| "set TCP_NODELAY".to_owned())?;
         stream
             .set_nonblocking(true)
@@ -99,7 +111,7 @@ impl Witness {
         let thread = thread::Builder::new()
             .name("witness".to_owned())
             .spawn(move || {
-                let mut client = Client::new(stream, plan, observer.clone());
+                let mut client = Client::new(stream, plan, observer.clone(), Box::new(before_power_off));
                 client.run();
                 observer.update(|progress| progress.finished = true);
                 client.into_transcript()
@@ -174,10 +186,11 @@ struct Client {
     /// When the last answer came, or the first request after a pause went.
     heard: Instant,
     connection: Connection,
+    before_power_off: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Client {
-    fn new(stream: TcpStream, plan: Plan, shared: Arc<Shared>) -> Self {
+    fn new(stream: TcpStream, plan: Plan, shared: Arc<Shared>, before_power_off: Box<dyn FnOnce() + Send>) -> Self {
         Self {
             stream,
             plan,
@@ -191,6 +204,7 @@ impl Client {
             incoming: Vec::new(),
             heard: Instant::now(),
             connection: Connection::Intact,
+            before_power_off: Some(before_power_off),
         }
     }
 
@@ -245,6 +259,9 @@ impl Client {
             }
             Stage::Audit if self.all_answered() => {
                 self.stage = Stage::PowerOff;
+                if let Some(wait) = self.before_power_off.take() {
+                    wait();
+                }
                 self.request(Op::PowerOff, 0, Vec::new(), now_ns());
             }
             Stage::PowerOff if self.all_answered() => self.stage = Stage::Done,

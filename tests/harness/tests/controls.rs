@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use ft_harness::events::{CONSOLE, Event};
 use ft_harness::faults::{Fault, FaultPlan, Moment};
-use ft_harness::pair::{BOOT, Pair, PairSetup};
+use ft_harness::pair::{Pair, PairSetup};
 use ft_harness::process::{EXITED, Exit};
 use ft_harness::roles::{FT_LOG, Roles, SHIM};
 use ft_harness::scenario::{Outcome, Setup};
@@ -103,12 +103,12 @@ fn watch(build: Build) -> Vec<Event> {
     let directory = tempfile::tempdir().expect("a directory");
     let setup = PairSetup {
         bin_dir: build.directory(),
-        guest: build_watcher(directory.path()),
+        guest: build_watcher(directory.path()).into(),
         ft_log_arguments: Vec::new(),
         crash: None,
     };
+    let deadline = Instant::now() + setup.guest.patience().boot;
     let mut pair = Pair::new(setup, &directory.path().join("run")).expect("a network");
-    let deadline = Instant::now() + BOOT;
     pair.start(deadline).expect("it starts");
     let said = |event: &Event| event.source == CONSOLE && event.text("text") == Some("watching");
     pair.wait_for("the watcher's console line", HostId::A, SHIM, deadline, |events| {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use ft_harness::faults::{Fault, FaultPlan, Moment};
 use ft_harness::judge::Connection;
-use ft_harness::pair::{BOOT, Pair, VM};
+use ft_harness::pair::{Pair, VM};
 use ft_harness::process::Exit;
 use ft_harness::roles::{FT_LOG, SHIM};
 use ft_harness::topology::{GUEST, HostId};
@@ -75,7 +75,7 @@ fn a_flipped_bit_on_the_backup_is_found_reported_and_survived() {
         offset: Duration::ZERO,
     };
     let setup = setup(Build::Release, 83, FaultPlan::At(Fault::None, moment));
-    let deadline = Instant::now() + BOOT;
+    let deadline = Instant::now() + setup.guest.patience().boot;
     let mut pair = Pair::new(setup.pair(), directory.path()).expect("a pair");
     pair.start(deadline).expect("it starts");
     pair.wait_for_pairing(deadline).expect("paired");

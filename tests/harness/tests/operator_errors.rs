@@ -416,7 +416,7 @@ fn missing_kvm_is_named() {
 fn pair(directory: &TempDir) -> Pair {
     let setup = PairSetup {
         bin_dir: Build::Release.directory(),
-        guest: variable("FT_GUEST"),
+        guest: variable("FT_GUEST").into(),
         ft_log_arguments: Vec::new(),
         crash: None,
     };

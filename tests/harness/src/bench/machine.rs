@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::bench::client::Client;
 use crate::error::{HarnessError, IoContext};
-use crate::pair::{BOOT, Pair, PairSetup};
+use crate::pair::{Pair, PairSetup};
 use crate::topology::{GUEST, HostId};
 
 /// Whether somebody would take over.
@@ -76,7 +76,7 @@ impl Machine {
                 &[HostId::A]
             }
         };
-        let deadline = Instant::now() + BOOT;
+        let deadline = Instant::now() + setup.guest.patience().boot;
         let mut pair = Pair::new(setup, directory.path())?;
         pair.start_hosts(hosts, deadline)?;
         if protection == Protection::Pair {

@@ -138,12 +138,13 @@ fn setup(arguments: &Arguments) -> Result<Setup, HarnessError> {
     };
     Ok(Setup {
         bin_dir,
-        guest: absolute(&arguments.guest)?,
+        guest: absolute(&arguments.guest)?.into(),
         seed: 1,
         records: 1,
         rate: 1,
         plan: FaultPlan::At(Fault::None, Moment::seeded(1, 1, 1)),
         ft_log_arguments: Vec::new(),
+        replay: false,
         verbose: false,
     })
 }

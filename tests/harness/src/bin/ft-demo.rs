@@ -6,13 +6,14 @@ use std::process::ExitCode;
 use clap::Parser;
 use ft_harness::error::{HarnessError, IoContext};
 use ft_harness::faults::{Fault, FaultPlan, Moment};
+use ft_harness::guest::{Guest, Linux};
 use ft_harness::picture;
 use ft_harness::scenario::{self, Setup};
 use ft_harness::signals;
 
 /// A virtual machine that survives the loss of its host: boot the pair, break something, judge.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version, about, args_override_self = true)]
 struct Arguments {
     /// What happens to the pair.
     #[arg(long, value_enum, default_value = "kill-primary")]
@@ -35,13 +36,22 @@ struct Arguments {
     /// Where the four daemons are [default: where this program is].
     #[arg(long, value_name = "DIR")]
     bin_dir: Option<PathBuf>,
-    /// The guest.
+    /// The guest: the bundled one, or with --initrd the kernel of a Linux.
     #[arg(
         long,
-        value_name = "ELF",
+        value_name = "FILE",
         default_value = "guest/ledger/target/x86_64-unknown-linux-gnu/release/ledger"
     )]
     guest: PathBuf,
+    /// The guest is a stock Linux, and this its initrd, made with guest/ledger-linux/init.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Memory of a Linux guest.
+    #[arg(long, default_value_t = 256, requires = "initrd", value_name = "MIB", value_parser = clap::value_parser!(u32).range(64..=2048))]
+    ram_mib: u32,
+    /// A Linux guest works as hard as it can for so long, beside its service.
+    #[arg(long, requires = "initrd", value_name = "SECONDS")]
+    load: Option<u32>,
     /// Milliseconds between two heartbeats.
     #[arg(long, value_name = "MS")]
     heartbeat_interval_ms: Option<u32>,
@@ -51,6 +61,9 @@ struct Arguments {
     /// Keep the run's directory (logs, events, disk images).
     #[arg(long)]
     keep: bool,
+    /// When the run is over, execute host A's journal again, twice, and compare every stop.
+    #[arg(long)]
+    replay: bool,
     /// Say what is going on.
     #[arg(long)]
     verbose: bool,
@@ -88,7 +101,7 @@ fn demo(arguments: &Arguments) -> Result<bool, HarnessError> {
     ];
     let setup = Setup {
         bin_dir: bin_dir(arguments)?,
-        guest: absolute(&arguments.guest)?,
+        guest: guest(arguments)?,
         seed: arguments.seed,
         records,
         rate: arguments.rate,
@@ -98,6 +111,7 @@ fn demo(arguments: &Arguments) -> Result<bool, HarnessError> {
             .filter_map(|(name, value)| Some([name.to_owned(), value?.to_string()]))
             .flatten()
             .collect(),
+        replay: arguments.replay,
         verbose: arguments.verbose,
     };
     setup.pair().check()?;
@@ -136,6 +150,19 @@ fn demo(arguments: &Arguments) -> Result<bool, HarnessError> {
         println!("  picture     {}", path.display());
     }
     Ok(outcome.report.good())
+}
+
+fn guest(arguments: &Arguments) -> Result<Guest, HarnessError> {
+    let kernel = absolute(&arguments.guest)?;
+    Ok(match &arguments.initrd {
+        None => Guest::Bundled(kernel),
+        Some(initrd) => Guest::Linux(Linux {
+            kernel,
+            initrd: absolute(initrd)?,
+            ram_mib: arguments.ram_mib,
+            load_seconds: arguments.load,
+        }),
+    })
 }
 
 fn bin_dir(arguments: &Arguments) -> Result<PathBuf, HarnessError> {

@@ -38,12 +38,13 @@ pub(crate) fn variable(name: &str) -> PathBuf {
 pub(crate) fn setup(build: Build, seed: u64, plan: FaultPlan) -> Setup {
     Setup {
         bin_dir: build.directory(),
-        guest: variable("FT_GUEST"),
+        guest: variable("FT_GUEST").into(),
         seed,
         records: 120,
         rate: 150,
         plan,
         ft_log_arguments: Vec::new(),
+        replay: false,
         verbose: false,
     }
 }

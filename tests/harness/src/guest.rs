@@ -1,0 +1,136 @@
+//! What runs in the machine: the bundled guest, or a stock Linux with the same service and an HTTP server.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::HarnessError;
+use crate::topology::GUEST;
+
+/// Bytes of the disk that the ledger uses. What lies behind is a Linux guest's load's.
+pub const LEDGER_BYTES: u64 = 16 << 20;
+
+/// A guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Guest {
+    /// The freestanding program of `guest/ledger`.
+    Bundled(PathBuf),
+    /// A distribution's kernel with the initrd that `scripts/lib.sh` makes of `guest/ledger-linux`.
+    Linux(Linux),
+}
+
+/// A stock Linux.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Linux {
+    /// Its kernel, a bzImage.
+    pub kernel: PathBuf,
+    /// Its initrd.
+    pub initrd: PathBuf,
+    /// Its memory.
+    pub ram_mib: u32,
+    /// Seconds, of the guest, for which it works as hard as it can beside its service.
+    pub load_seconds: Option<u32>,
+}
+
+/// How long the harness waits for a guest. Not a judgement: a run that takes longer is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// For the boot.
+    pub boot: Duration,
+    /// For an answer.
+    pub answer: Duration,
+    /// For the processes to end after the power-off.
+    pub end: Duration,
+}
+
+impl From<PathBuf> for Guest {
+    fn from(elf: PathBuf) -> Self {
+        Self::Bundled(elf)
+    }
+}
+
+impl Guest {
+    /// Its name in reports.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Bundled(_) => "ledger",
+            Self::Linux(_) => "linux",
+        }
+    }
+
+    /// Whether it serves files over HTTP.
+    #[must_use]
+    pub fn has_http(&self) -> bool {
+        matches!(self, Self::Linux(_))
+    }
+
+    /// Checks that its files are there.
+    ///
+    /// # Errors
+    /// Names the first that is not.
+    pub fn check(&self) -> Result<(), HarnessError> {
+        let (paths, advice) = match self {
+            Self::Bundled(elf) => (vec![elf], "run `cargo build --release` in guest/ledger"),
+            Self::Linux(linux) => (
+                vec![&linux.kernel, &linux.initrd],
+                "run `scripts/demo --guest linux`, which makes it",
+            ),
+        };
+        match paths.into_iter().find(|path| !path.is_file()) {
+            None => Ok(()),
+            Some(path) => Err(HarnessError::Missing {
+                path: path.clone(),
+                advice: advice.to_owned(),
+            }),
+        }
+    }
+
+    /// The shim's options that make the machine.
+    #[must_use]
+    pub fn machine(&self) -> Vec<(&'static str, String)> {
+        let service = format!("ip={}/24 port={}", GUEST.ip(), GUEST.port());
+        let path = |path: &PathBuf| path.to_string_lossy().into_owned();
+        match self {
+            Self::Bundled(elf) => vec![("--kernel", path(elf)), ("--cmdline", service)],
+            Self::Linux(linux) => {
+                let load = linux.load_seconds.map(|seconds| format!(" ft.load={seconds}"));
+                let load = load.unwrap_or_default();
+                vec![
+                    ("--kernel", path(&linux.kernel)),
+                    ("--initrd", path(&linux.initrd)),
+                    ("--ram-mib", linux.ram_mib.to_string()),
+                    (
+                        "--cmdline",
+                        format!("console=ttyS0 quiet panic=-1 nolapic noapic lpj=1000000 {service}{load}"),
+                    ),
+                ]
+            }
+        }
+    }
+
+    /// Bytes of its disk.
+    #[must_use]
+    pub fn image_bytes(&self) -> u64 {
+        match self {
+            Self::Bundled(_) => LEDGER_BYTES,
+            Self::Linux(_) => 4 * LEDGER_BYTES,
+        }
+    }
+
+    /// How long to wait for it. A Linux may run on an emulated processor.
+    #[must_use]
+    pub fn patience(&self) -> Patience {
+        match self {
+            Self::Bundled(_) => Patience {
+                boot: Duration::from_secs(60),
+                answer: Duration::from_secs(20),
+                end: Duration::from_secs(20),
+            },
+            Self::Linux(_) => Patience {
+                boot: Duration::from_secs(300),
+                answer: Duration::from_secs(60),
+                end: Duration::from_secs(60),
+            },
+        }
+    }
+}
