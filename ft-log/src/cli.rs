@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind};
 
-use crate::{config::Config, config_file, exit::Exit, inspect::Inspect};
+use crate::{config::Config, config_file, control::client::Ask, exit::Exit, inspect::Inspect};
 
 /// Orders, journals and replicates the log of a fault-tolerant VM, and decides with its peer who goes live.
 #[derive(Debug, Parser)]
@@ -27,6 +27,9 @@ pub enum Command {
     /// Looks at journals.
     #[command(flatten)]
     Inspect(Inspect),
+    /// Asks a running daemon.
+    #[command(flatten)]
+    Ask(Ask),
 }
 
 /// What was asked for.

@@ -8,7 +8,7 @@ use ft_protocol::{
     replica,
 };
 
-use crate::arbiter::ArbiterAddress;
+use crate::{arbiter::ArbiterAddress, control::MetricsAddress};
 
 /// Which side of the pair this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -65,6 +65,12 @@ pub struct Config {
     /// Append events to this file, one JSON object a line.
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
+    /// Unix socket for status and orders (ft-log status, rotate, stop ...).
+    #[arg(long, value_name = "SOCK")]
+    pub control: Option<PathBuf>,
+    /// Serve metrics for Prometheus there: a loopback address, or unix:PATH.
+    #[arg(long, value_name = "IP:PORT|unix:PATH")]
+    pub metrics: Option<MetricsAddress>,
     /// Device daemons of the VM, comma separated; both hosts name them in the same order.
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "blk0,net0", value_parser = file_name)]
     pub devices: Vec<String>,

@@ -28,13 +28,15 @@ pub enum Exit {
 #[derive(Debug, Error)]
 pub enum StartError {
     /// A live daemon has the socket.
-    #[error("{path}: another ft-log is listening on this socket: end it, or give another --socket-path")]
+    #[error(
+        "{path}: another ft-log is listening on this socket: end it, or give another path (--socket-path, --control, --metrics)"
+    )]
     SocketInUse {
         /// The socket.
         path: PathBuf,
     },
     /// Something that is not a socket is in its place.
-    #[error("{path}: this file exists and is not a socket: give another --socket-path")]
+    #[error("{path}: this file exists and is not a socket: give another path (--socket-path, --control, --metrics)")]
     NotASocket {
         /// The file.
         path: PathBuf,
@@ -66,6 +68,14 @@ pub enum StartError {
         directory: PathBuf,
         /// Which journal.
         name: String,
+    },
+    /// The management plane cannot listen.
+    #[error("{address}: cannot listen for --control or --metrics: {source}")]
+    Control {
+        /// Where.
+        address: String,
+        /// Why not.
+        source: io::Error,
     },
     /// The kernel refuses something.
     #[error("cannot {what}: {source}")]

@@ -14,6 +14,7 @@ use ft_protocol::ids::{Generation, Lsn};
 use thiserror::Error;
 
 use crate::{
+    control::shared::JournalState,
     token::{Done, Ring, Token},
     uring::Operation,
 };
@@ -96,6 +97,22 @@ pub struct JournalWriter {
     waiting_bytes: usize,
     waiting_since_ns: u64,
     spare: Vec<u8>,
+    /// The next entry begins a segment.
+    rotates: bool,
+    has_failed: bool,
+}
+
+/// What a journal is doing.
+#[derive(Clone, Copy, Debug)]
+pub struct JournalStatus {
+    /// Its state.
+    pub state: JournalState,
+    /// Number of the segment that entries go to.
+    pub segment: u32,
+    /// Bytes of that segment, those that wait for the disk included.
+    pub segment_bytes: u64,
+    /// Bytes that wait for the disk.
+    pub waiting_bytes: u64,
 }
 
 impl JournalWriter {
@@ -122,6 +139,8 @@ impl JournalWriter {
             waiting_bytes: 0,
             waiting_since_ns: 0,
             spare: Vec::new(),
+            rotates: false,
+            has_failed: false,
         }
     }
 
@@ -168,7 +187,7 @@ impl JournalWriter {
                 bytes,
             });
         }
-        if self.planned >= SEGMENT_BYTES {
+        if self.planned >= SEGMENT_BYTES || std::mem::take(&mut self.rotates) {
             self.steps.extend([Step::Sync, Step::Close]);
             let next = SegmentHeader {
                 index: self.header.index + 1,
@@ -193,6 +212,27 @@ impl JournalWriter {
         Ok(())
     }
 
+    /// Goes on with a new segment at the next entry, unless the current one has none yet.
+    pub fn rotate(&mut self) {
+        self.rotates = self.planned > SEGMENT_HEADER_BYTES as u64;
+    }
+
+    /// What it is doing.
+    #[must_use]
+    pub fn status(&self) -> JournalStatus {
+        JournalStatus {
+            state: match self.state {
+                State::Idle => JournalState::Idle,
+                State::Open => JournalState::Open,
+                State::Ended if self.has_failed => JournalState::Failed,
+                State::Ended => JournalState::Ended,
+            },
+            segment: self.header.index,
+            segment_bytes: self.planned,
+            waiting_bytes: self.waiting_bytes as u64,
+        }
+    }
+
     /// Ends the journal: what was appended is written and flushed.
     pub fn finish(&mut self) {
         if self.state == State::Open {
@@ -208,6 +248,7 @@ impl JournalWriter {
     }
 
     fn abandon(&mut self) {
+        self.has_failed = true;
         self.state = State::Ended;
         self.steps.clear();
         self.waiting_bytes = 0;

@@ -8,7 +8,7 @@
 //!                       ft_protocol::Replica ◄─ events ┘  │ └─► [arbiter]        [heartbeat] ─┘ UDP
 //!                                            ── actions ──┘
 //! ```
-//! Beside the daemon, on files only: [inspect] (dump, verify, stats of a journal).
+//! Beside the daemon, on files only: [inspect] (dump, verify, stats of a journal). In a thread of its own: [control] (status, orders, metrics).
 //!
 //! One thread, one io_uring ([uring]), one loop ([daemon]). The decisions are `ft_protocol`'s.
 
@@ -18,6 +18,7 @@ pub mod cli;
 pub mod clients;
 pub mod config;
 mod config_file;
+pub mod control;
 pub mod daemon;
 pub mod exit;
 pub mod heartbeat;

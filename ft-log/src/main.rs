@@ -8,6 +8,7 @@ use std::{
 use ft_log::{
     cli::{Asked, Command},
     config::Config,
+    control::client,
     exit::Exit,
     inspect, start,
 };
@@ -22,6 +23,13 @@ fn main() -> ExitCode {
             Exit::Ordinary
         }
         Asked::Command(Command::Inspect(command)) => inspect(&command),
+        Asked::Command(Command::Ask(ask)) => match client::run(&ask, &mut io::stdout().lock()) {
+            Ok(()) => Exit::Ordinary,
+            Err(error) => {
+                eprintln!("ft-log: {error}");
+                Exit::Environment
+            }
+        },
     };
     ExitCode::from(exit as u8)
 }

@@ -13,6 +13,7 @@ use std::{
         },
     },
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use ft_client::{events::Events, journal};
@@ -25,6 +26,7 @@ use nix::sys::{
 use crate::{
     arbiter::{Arbiter, ArbiterAddress},
     config::{Config, Side},
+    control::{Control, Shared},
     daemon::{Daemon, Parts},
     exit::{Exit, StartError},
     heartbeat::Heartbeats,
@@ -64,6 +66,13 @@ pub fn run(config: Config) -> Result<Exit, StartError> {
     let ring = Uring::new().map_err(kernel(
         "set up io_uring (kernel 5.11 or newer, and not disabled by sysctl)",
     ))?;
+    let shared = Arc::new(Shared::new(&config));
+    shared.set_doorbell(
+        local
+            .doorbell()
+            .map_err(kernel("hand the doorbell to the management plane"))?,
+    );
+    let _control_guards = start_control(&config, &shared)?;
     raise_priority();
     let daemon = Daemon::new(
         config,
@@ -76,9 +85,25 @@ pub fn run(config: Config) -> Result<Exit, StartError> {
             heartbeats,
             local,
             arbiter,
+            shared,
         },
     );
     daemon.and_then(Daemon::run).map_err(kernel("go on with io_uring"))
+}
+
+/// Starts the management plane; its socket files go with what this gives.
+fn start_control(config: &Config, shared: &Arc<Shared>) -> Result<Vec<SocketFile>, StartError> {
+    let control = Control {
+        socket: config.control.clone(),
+        metrics: config.metrics.clone(),
+    };
+    control.socket_files().try_for_each(clear_stale_socket)?;
+    let guards = control.socket_files().map(|path| SocketFile(path.to_owned())).collect();
+    control.start(Arc::clone(shared)).map_err(|error| StartError::Control {
+        address: error.address,
+        source: error.source,
+    })?;
+    Ok(guards)
 }
 
 /// Our socket file, which goes with us.
@@ -158,6 +183,19 @@ fn local_socket(path: &Path) -> Result<UnixListener, StartError> {
             source,
         }
     };
+    clear_stale_socket(path)?;
+    UnixListener::bind(path).map_err(failed("listen on the socket"))
+}
+
+/// Removes a socket file that nobody listens on any more; anything else is left alone.
+fn clear_stale_socket(path: &Path) -> Result<(), StartError> {
+    let failed = |what: &'static str| {
+        move |source: io::Error| StartError::Path {
+            path: path.to_owned(),
+            what,
+            source,
+        }
+    };
     if let Ok(metadata) = std::fs::symlink_metadata(path) {
         if !metadata.file_type().is_socket() {
             return Err(StartError::NotASocket { path: path.to_owned() });
@@ -170,7 +208,7 @@ fn local_socket(path: &Path) -> Result<UnixListener, StartError> {
             Err(error) => return Err(failed("find out whether the socket is in use")(error)),
         }
     }
-    UnixListener::bind(path).map_err(failed("listen on the socket"))
+    Ok(())
 }
 
 /// Heartbeats must not be late on a loaded host. Without the right to do so this stays an ordinary process.

@@ -13,9 +13,10 @@ mod actions;
 mod link;
 mod receive;
 mod record;
+mod status;
 mod vm;
 
-use std::{collections::VecDeque, io, os::fd::OwnedFd, rc::Rc};
+use std::{collections::VecDeque, io, os::fd::OwnedFd, rc::Rc, sync::Arc};
 
 use ft_client::events::{Events, monotonic_ns};
 use ft_protocol::{Action, Event, Role};
@@ -30,6 +31,7 @@ use crate::{
     arbiter::Arbiter,
     clients::{Clients, News},
     config::{Config, Side},
+    control::Shared,
     exit::Exit,
     heartbeat::Heartbeats,
     journal_writer::JournalFailure,
@@ -71,6 +73,8 @@ pub struct Parts {
     pub local: Local,
     /// The arbiter.
     pub arbiter: Arbiter,
+    /// The management plane.
+    pub shared: Arc<Shared>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -96,6 +100,7 @@ pub struct Daemon {
     scratch: Vec<u8>,
     report_at_ns: u64,
     ending: Option<Ending>,
+    shared: Arc<Shared>,
 }
 
 impl Daemon {
@@ -121,6 +126,7 @@ impl Daemon {
             scratch: Vec::new(),
             report_at_ns: now_ns + REPORT_NS,
             ending: None,
+            shared: parts.shared,
             config,
         };
         daemon.clients.accept(&mut daemon.ring)?;
@@ -158,6 +164,7 @@ impl Daemon {
             let now_ns = monotonic_ns();
             self.on_time(now_ns)?;
             self.flush(now_ns)?;
+            self.show();
             if let Some(exit) = self.is_over(now_ns) {
                 self.report();
                 return Ok(exit);
@@ -204,6 +211,7 @@ impl Daemon {
         match done.token {
             Token::Doorbell => {
                 self.read_doorbell(done.memory.into_bytes())?;
+                self.obey()?;
                 self.look_at_consumed()
             }
             Token::Signal => {

@@ -57,7 +57,7 @@ fn payload<'a>(body: &Body<'a>) -> Option<&'a [u8]> {
 }
 
 /// The whole entry.
-pub(super) fn json(vm: &str, entry: &Entry<'_>, frame_bytes: usize, with_payload: bool) -> Value {
+pub(crate) fn json(vm: &str, entry: &Entry<'_>, frame_bytes: usize, with_payload: bool) -> Value {
     let mut fields = fields(&entry.body);
     let mut whole = Map::from_iter([
         ("vm".into(), json!(vm)),

@@ -6,7 +6,7 @@
 //! ```
 //! What was read is printed even if the journal ends in damage; the exit status tells which it was.
 
-mod describe;
+pub(crate) mod describe;
 mod dump;
 mod stats;
 mod verify;

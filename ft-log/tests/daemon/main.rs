@@ -1,6 +1,7 @@
 //! Real daemons as processes, with fake shims and devices made of the client library.
 
 mod arbiter;
+mod control;
 mod failover;
 mod hostile;
 mod journal;

@@ -1,0 +1,17 @@
+//! The management plane: JSON over a unix socket, metrics for Prometheus. It has a thread and an io_uring of its own (tokio-uring), so
+//! that nothing here can hold up the log.
+//!
+//! ```text
+//!  daemon's thread ──relaxed stores──► [shared] ◄──loads── [server] ◄── JSON lines ── [client]: ft-log status, rotate, ...
+//!         ▲  doorbell, if there is an order ─┘               │  └── [archive]: entries of old segments
+//!         └── orders: flags ◄────────────────────────────────┘  [metrics] ◄── HTTP ── Prometheus
+//! ```
+
+mod archive;
+pub mod client;
+pub mod metrics;
+pub mod protocol;
+pub mod server;
+pub mod shared;
+
+pub use self::{metrics::MetricsAddress, server::Control, shared::Shared};
