@@ -7,20 +7,19 @@
 //! host; time stamps, counters and what KVM invents are none of them. Writer and reader stand beside each other here.
 
 use kvm_bindings::{Msrs, kvm_debugregs, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave};
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Kvm, VcpuFd};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::vcpu::kvm_failed;
 use crate::error::Error;
 
 /// MSRs that belong to the state, where KVM has them.
-const MSRS: [u32; 14] = [
+const MSRS: [u32; 13] = [
     0x48,        // SPEC_CTRL
     0x174,       // SYSENTER_CS
     0x175,       // SYSENTER_ESP
     0x176,       // SYSENTER_EIP
     0x1a0,       // MISC_ENABLE
-    0x1d9,       // DEBUGCTL
     0x277,       // PAT
     0xda0,       // XSS
     0xc000_0081, // STAR
@@ -55,13 +54,14 @@ pub struct VcpuState {
     msrs: Vec<kvm_msr_entry>,
 }
 
-/// Which of [`MSRS`] this KVM has for a guest with this CPUID: some can be read and not set.
+/// Which of [`MSRS`] this KVM has for a guest with the CPUID of `vcpu`: some are listed and cannot be set.
 ///
 /// # Errors
 /// When KVM cannot be asked.
-pub(super) fn supported_msrs(vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, Error> {
+pub(super) fn supported_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, Error> {
+    let listed = kvm.get_msr_index_list().map_err(kvm_failed("list MSRs"))?;
     let mut supported = Vec::with_capacity(MSRS.len());
-    for index in MSRS {
+    for index in MSRS.into_iter().filter(|index| listed.as_slice().contains(index)) {
         let entry = kvm_msr_entry {
             index,
             ..Default::default()

@@ -148,7 +148,7 @@ impl Vcpu {
             .map_err(kvm_failed("set registers"))?;
         vcpu.set_sync_valid_reg(SyncReg::Register);
         Ok(Self {
-            msrs: state::supported_msrs(&vcpu)?,
+            msrs: state::supported_msrs(kvm, &vcpu)?,
             vcpu,
             data: Vec::with_capacity(EXIT_BYTES_MAX),
             pending: None,
