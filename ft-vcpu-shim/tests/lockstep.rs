@@ -14,7 +14,7 @@ use ft_vcpu_shim::{
         timeline::Timeline,
     },
 };
-use tiny::{busy_guest, machine, machine_of, record};
+use tiny::{busy_guest, machine, machine_of, msr_guest, record};
 
 struct Frames(std::vec::IntoIter<Vec<u8>>);
 
@@ -185,4 +185,23 @@ fn pages_that_are_not_those_of_the_recording_are_a_divergence() {
     let mut changed = frames.clone();
     changed[pages[at]] = frame;
     assert!(matches!(replay(&args, changed), Err(Error::Diverged(_))));
+}
+
+#[test]
+fn the_hosts_msrs_are_answered_from_the_log_or_fault() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine_of(&directory, &msr_guest());
+    let (digests, frames) = record(&args, &directory.path().join("console"));
+    // One entry a reading of the counter; its value is in a register at the next exit, so a host's counter would be a divergence.
+    index_of_nth_time(&frames, 49);
+    assert_eq!(replay(&args, frames.clone()).unwrap(), (End::PowerOff, digests));
+    let replayer = Replayer::new(Frames(frames.into_iter()), None);
+    let mut execution = args
+        .load()
+        .unwrap()
+        .power_on(Vec::new(), Box::new(replayer), Box::new(|_, _| {}))
+        .unwrap();
+    execution.run().unwrap();
+    let faults = execution.vcpu().registers().r9;
+    assert_eq!(faults, 100, "MPERF was read, or KVM's clock set up");
 }

@@ -31,6 +31,10 @@ pub enum AccessKind {
     MmioWrite,
     /// Load from one.
     MmioRead,
+    /// RDMSR of one that is the host's.
+    MsrRead,
+    /// WRMSR of one.
+    MsrWrite,
     /// HLT.
     #[default]
     Halt,
@@ -51,6 +55,8 @@ impl AccessKind {
             Self::PortRead => "port-read",
             Self::MmioWrite => "mmio-write",
             Self::MmioRead => "mmio-read",
+            Self::MsrRead => "msr-read",
+            Self::MsrWrite => "msr-write",
             Self::Halt => "halt",
             Self::Window => "window",
             Self::Forced => "state-delta",
@@ -64,7 +70,7 @@ impl AccessKind {
 pub struct Access {
     /// What it is.
     pub kind: AccessKind,
-    /// Port or guest-physical address; 0 where there is none.
+    /// Port, guest-physical address or MSR; 0 where there is none.
     pub address: u64,
     /// Bytes of the access, all units of a string access together.
     pub bytes: u32,
@@ -80,6 +86,8 @@ impl Access {
             Exit::PortRead { port, .. } => (AccessKind::PortRead, u64::from(port)),
             Exit::MmioWrite { address } => (AccessKind::MmioWrite, address),
             Exit::MmioRead { address } => (AccessKind::MmioRead, address),
+            Exit::MsrRead { index } => (AccessKind::MsrRead, u64::from(index)),
+            Exit::MsrWrite { index } => (AccessKind::MsrWrite, u64::from(index)),
             Exit::Halt => (AccessKind::Halt, 0),
             Exit::Window => (AccessKind::Window, 0),
             _ => (AccessKind::Other, 0),

@@ -4,6 +4,7 @@ pub mod boot;
 pub mod cpuid;
 pub mod kick;
 pub mod memory;
+pub mod msr;
 pub mod state;
 pub mod vcpu;
 pub mod windows;

@@ -13,6 +13,7 @@ use super::{
     boot, cpuid,
     kick::Kick,
     memory::Ram,
+    msr,
     state::{self, VcpuState},
 };
 use crate::error::Error;
@@ -57,6 +58,16 @@ pub enum Exit {
     MmioRead {
         /// Guest-physical address.
         address: u64,
+    },
+    /// RDMSR of one of [`super::msr`]'s; answer with [`Vcpu::answer_msr`].
+    MsrRead {
+        /// Which one.
+        index: u32,
+    },
+    /// WRMSR of one, the value in [`Vcpu::data`]; answer with [`Vcpu::answer_msr`].
+    MsrWrite {
+        /// Which one.
+        index: u32,
     },
     /// HLT.
     Halt,
@@ -139,6 +150,7 @@ impl Vcpu {
     pub fn new(kvm: &Kvm, ram: Arc<Ram>, cpuid: &CpuId, entry: u64) -> Result<Self, Error> {
         let vm = kvm.create_vm().map_err(kvm_failed("create a VM"))?;
         map(&vm, &ram, 0)?;
+        msr::filter(&vm)?;
         let mut vcpu = vm.create_vcpu(0).map_err(kvm_failed("create a vCPU"))?;
         vcpu.set_cpuid2(cpuid).map_err(kvm_failed("set CPUID"))?;
         let sregs = vcpu.get_sregs().map_err(kvm_failed("read registers"))?;
@@ -267,6 +279,11 @@ impl Vcpu {
                 self.pending = Some(std::ptr::from_mut(data));
                 Exit::MmioRead { address }
             }
+            VcpuExit::X86Rdmsr(msr) => Exit::MsrRead { index: msr.index },
+            VcpuExit::X86Wrmsr(msr) => {
+                self.data.extend_from_slice(&msr.data.to_le_bytes());
+                Exit::MsrWrite { index: msr.index }
+            }
             VcpuExit::Hlt => Exit::Halt,
             VcpuExit::IrqWindowOpen => Exit::Window,
             VcpuExit::Intr => Exit::Interrupted,
@@ -295,6 +312,15 @@ impl Vcpu {
             Some(slice) => unsafe { &mut *slice },
             None => &mut [],
         }
+    }
+
+    /// Answers the last MSR exit: with a value, or with a general protection fault.
+    pub fn answer_msr(&mut self, value: Option<u64>) {
+        let run = self.vcpu.get_kvm_run();
+        // SAFETY: the last exit was KVM_EXIT_X86_RDMSR or WRMSR, so `msr` is the union's valid member.
+        let msr = unsafe { &mut run.__bindgen_anon_1.msr };
+        msr.error = u8::from(value.is_none());
+        msr.data = value.unwrap_or(msr.data);
     }
 
     /// General registers as of the last exit.

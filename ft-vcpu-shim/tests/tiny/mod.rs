@@ -20,22 +20,24 @@ use ft_vcpu_shim::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-// 200 times: read the clock, set the alarm 50 us ahead, halt until its interrupt. Then print "ok" and power off.
+// What all of them begin with: a stack, the clock's interrupt (vector 0x29) at `6:`, both 8259A with automatic EOI and nothing masked, the
+// clock at RBX, an empty R9. And what they end with: "ok" on the console, power off.
 global_asm!(
     r#"
-    .section .rodata.tiny_guest, "a"
-    .global tiny_guest_start
-    .global tiny_guest_end
-tiny_guest_start:
-    mov rsp, 0x7000
-    lea rax, [rip + 6f]
-    mov rdi, 0x20000 + 0x29 * 16
+    .macro guest_vector vector, handler
+    lea rax, [rip + \handler]
+    mov rdi, 0x20000 + \vector * 16
     mov word ptr [rdi], ax
     mov word ptr [rdi + 2], 0x10
     mov word ptr [rdi + 4], 0x8e00
     shr rax, 16
     mov word ptr [rdi + 6], ax
     mov qword ptr [rdi + 8], 0
+    .endm
+
+    .macro guest_begins
+    mov rsp, 0x7000
+    guest_vector 0x29, 6f
     lidt [rip + 7f]
     mov al, 0x11
     out 0x20, al
@@ -55,18 +57,11 @@ tiny_guest_start:
     out 0x21, al
     out 0xa1, al
     mov rbx, 0xd000f000
-    mov ecx, 200
     xor r8, r8
-2:
-    mov rax, qword ptr [rbx]
-    add r8, rax
-    add rax, 50000
-    mov qword ptr [rbx + 8], rax
-    sti
-    hlt
-    cli
-    dec ecx
-    jnz 2b
+    xor r9, r9
+    .endm
+
+    .macro guest_ends
     mov dx, 0x3f8
     mov al, 'o'
     out dx, al
@@ -78,54 +73,43 @@ tiny_guest_start:
     mov ax, 0x2000
     out dx, ax
 5:  jmp 5b
+    .endm
+
+    .section .rodata.guests, "a"
+    .global tiny_guest_start
+    .global tiny_guest_end
+    .global busy_guest_start
+    .global busy_guest_end
+    .global msr_guest_start
+    .global msr_guest_end
+
+    # 200 times: read the clock, set the alarm 50 us ahead, halt until its interrupt.
+tiny_guest_start:
+    guest_begins
+    mov ecx, 200
+2:
+    mov rax, qword ptr [rbx]
+    add r8, rax
+    add rax, 50000
+    mov qword ptr [rbx + 8], rax
+    sti
+    hlt
+    cli
+    dec ecx
+    jnz 2b
+    guest_ends
 6:  add r9, r8
     mov qword ptr [rbx + 8], 0
     iretq
 7:  .word 0xfff
     .quad 0x20000
 tiny_guest_end:
-    .text
-    "#
-);
 
-// 12 times: set the alarm 2 ms ahead and compute, without an exit, until its interrupt came. What is computed goes through memory, 16
-// pages of it, whose sum is in a register at the last exits. Then as above.
-global_asm!(
-    r#"
-    .section .rodata.busy_guest, "a"
-    .global busy_guest_start
-    .global busy_guest_end
+    # 12 times: set the alarm 2 ms ahead and compute, without an exit, until its interrupt came. What is computed goes through
+    # memory, 16 pages of it, whose sum is in a register at the last exits.
 busy_guest_start:
-    mov rsp, 0x7000
-    lea rax, [rip + 6f]
-    mov rdi, 0x20000 + 0x29 * 16
-    mov word ptr [rdi], ax
-    mov word ptr [rdi + 2], 0x10
-    mov word ptr [rdi + 4], 0x8e00
-    shr rax, 16
-    mov word ptr [rdi + 6], ax
-    mov qword ptr [rdi + 8], 0
-    lidt [rip + 7f]
-    mov al, 0x11
-    out 0x20, al
-    out 0xa0, al
-    mov al, 0x20
-    out 0x21, al
-    mov al, 0x28
-    out 0xa1, al
-    mov al, 4
-    out 0x21, al
-    mov al, 2
-    out 0xa1, al
-    mov al, 3
-    out 0x21, al
-    out 0xa1, al
-    xor eax, eax
-    out 0x21, al
-    out 0xa1, al
-    mov rbx, 0xd000f000
+    guest_begins
     mov ecx, 12
-    xor r9, r9
 2:
     mov rax, qword ptr [rbx]
     add rax, 2000000
@@ -147,23 +131,40 @@ busy_guest_start:
     add rsi, 8
     cmp rsi, 0x210000
     jb 4b
-    mov dx, 0x3f8
-    mov al, 'o'
-    out dx, al
-    mov al, 'k'
-    out dx, al
-    mov al, 10
-    out dx, al
-    mov dx, 0x604
-    mov ax, 0x2000
-    out dx, ax
-5:  jmp 5b
+    guest_ends
 6:  inc r9
     mov qword ptr [rbx + 8], 0
     iretq
 7:  .word 0xfff
     .quad 0x20000
 busy_guest_end:
+
+    # 50 times: read the time stamp counter by RDMSR, into R8, and MPERF, which faults: each fault counts 1 in R9.
+msr_guest_start:
+    guest_begins
+    guest_vector 13, 8f
+    mov r10d, 50
+2:
+    mov ecx, 0x10
+    rdmsr
+    shl rdx, 32
+    or rax, rdx
+    add r8, rax
+    mov ecx, 0xe7
+    rdmsr
+    mov ecx, 0x4b564d01
+    wrmsr
+    dec r10d
+    jnz 2b
+    guest_ends
+6:  iretq
+8:  inc r9
+    add qword ptr [rsp + 8], 2
+    add rsp, 8
+    iretq
+7:  .word 0xfff
+    .quad 0x20000
+msr_guest_end:
     .text
     "#
 );
@@ -173,6 +174,8 @@ unsafe extern "C" {
     static tiny_guest_end: u8;
     static busy_guest_start: u8;
     static busy_guest_end: u8;
+    static msr_guest_start: u8;
+    static msr_guest_end: u8;
 }
 
 /// The guest that waits for its alarms, as an ELF file with one segment at 1 MiB.
@@ -185,6 +188,12 @@ pub fn tiny_guest() -> Vec<u8> {
 pub fn busy_guest() -> Vec<u8> {
     // SAFETY: as above.
     elf(unsafe { between(&raw const busy_guest_start, &raw const busy_guest_end) })
+}
+
+/// The guest that reads its host's MSRs.
+pub fn msr_guest() -> Vec<u8> {
+    // SAFETY: as above.
+    elf(unsafe { between(&raw const msr_guest_start, &raw const msr_guest_end) })
 }
 
 /// # Safety

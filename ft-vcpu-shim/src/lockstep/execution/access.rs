@@ -9,7 +9,7 @@ use super::{End, Execution};
 use crate::{
     error::Error,
     lockstep::history::Event,
-    machine::vcpu::Exit,
+    machine::{msr::TIME_STAMP_COUNTER, vcpu::Exit},
     platform::{Effect, virtio_mmio},
     rewrite::Kind,
 };
@@ -20,6 +20,8 @@ const KIND_MMIO_WRITE: u8 = 3;
 const KIND_MMIO_READ: u8 = 4;
 const KIND_HALT: u8 = 5;
 const KIND_WINDOW: u8 = 6;
+const KIND_MSR_READ: u8 = 8;
+const KIND_MSR_WRITE: u8 = 9;
 
 impl Execution {
     /// Does what the guest asked for. `Some`: the execution ended.
@@ -29,6 +31,12 @@ impl Execution {
             Exit::PortRead { port, size } => self.port_read(port, size),
             Exit::MmioWrite { address } => self.mmio_write(address),
             Exit::MmioRead { address } => self.mmio_read(address),
+            Exit::MsrRead { index } => self.msr_read(index),
+            Exit::MsrWrite { index } => {
+                self.digests.exit(KIND_MSR_WRITE, u64::from(index), self.vcpu.data());
+                self.vcpu.answer_msr(None);
+                Ok(None)
+            }
             Exit::Halt => {
                 self.digests.exit(KIND_HALT, 0, &[]);
                 Ok(None)
@@ -100,6 +108,22 @@ impl Execution {
             registers.rcx = 0;
         }
         self.vcpu.set_registers(registers);
+        Ok(None)
+    }
+
+    /// The guest reads an MSR of its host: the counter is virtual time, and it has no other.
+    fn msr_read(&mut self, index: u32) -> Result<Option<End>, Error> {
+        self.digests.exit(KIND_MSR_READ, u64::from(index), &[]);
+        if index != TIME_STAMP_COUNTER {
+            self.vcpu.answer_msr(None);
+            return Ok(None);
+        }
+        if let Some(end) = self.sample_time()? {
+            return Ok(Some(end));
+        }
+        let now_ns = self.board.now_ns();
+        self.history.answered(&now_ns.to_le_bytes());
+        self.vcpu.answer_msr(Some(now_ns));
         Ok(None)
     }
 
