@@ -73,6 +73,9 @@ fn executable_ranges(file: &[u8]) -> Result<Vec<(u64, usize, usize)>, RewriteErr
 }
 
 #[cfg(test)]
+pub(crate) use tests::elf as test_elf;
+
+#[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
@@ -80,7 +83,7 @@ mod tests {
     use crate::rewrite::Kind;
 
     /// An ELF file with one section a pair of (flags, bytes), from offset 64 on.
-    fn elf(sections: &[(u64, &[u8])]) -> Vec<u8> {
+    pub(crate) fn elf(sections: &[(u64, &[u8])]) -> Vec<u8> {
         let body: Vec<u8> = sections.iter().flat_map(|section| section.1.to_vec()).collect();
         let mut file = Vec::from(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
         file.extend([2u16, 62].iter().flat_map(|half| half.to_le_bytes()));

@@ -1,4 +1,4 @@
-//! RDTSC, RDTSCP and PAUSE in kernel text become instructions that exit: KVM never exits to userspace for them.
+//! RDTSC, RDTSCP and PAUSE in the text of a kernel and its modules become instructions that exit: KVM never exits to userspace for them.
 //!
 //! ```text
 //!  0F 31      rdtsc    ──►  E5 E4      in eax, 0xE4        EDX:EAX from the log, not the host's
@@ -118,7 +118,7 @@ pub enum RewriteError {
         bytes: usize,
     },
     /// The file is not what it should be.
-    #[error("the guest image cannot be searched for RDTSC: {reason}. Check --kernel")]
+    #[error("it cannot be searched for RDTSC: {reason}")]
     Image {
         /// What is wrong.
         reason: String,

@@ -6,11 +6,9 @@
 //! ```
 //! What the distributions use is supported: LZ4 (Debian 12), Zstandard (Debian 12 backports, Debian 13, Ubuntu, Fedora).
 
-use std::io::Read;
-
 use linux_loader::bootparam::{boot_params, setup_header};
 
-use super::bad_kernel;
+use super::{bad_kernel, zstandard};
 use crate::error::Error;
 
 /// Where the header lies, both in the file and in the zero page.
@@ -114,14 +112,7 @@ fn lz4(mut blocks: &[u8], size: usize) -> Result<Vec<u8>, Error> {
 }
 
 fn zstd(compressed: &[u8], size: usize) -> Result<Vec<u8>, Error> {
-    let damaged = |error: &dyn std::fmt::Display| bad_kernel(format!("its Zstandard payload is damaged: {error}"));
-    let decoder = ruzstd::decoding::StreamingDecoder::new(compressed).map_err(|error| damaged(&error))?;
-    let mut kernel = Vec::with_capacity(size);
-    decoder
-        .take(size as u64 + 1)
-        .read_to_end(&mut kernel)
-        .map_err(|error| damaged(&error))?;
-    Ok(kernel)
+    zstandard(compressed, size as u64).map_err(|error| bad_kernel(format!("its Zstandard payload is damaged: {error}")))
 }
 
 #[cfg(test)]

@@ -108,7 +108,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::machine::boot::{Image, elf};
+    use crate::machine::boot::{Image, elf, initrd::test_newc};
 
     fn read<const BYTES: usize>(ram: &Ram, address: u64) -> [u8; BYTES] {
         let mut bytes = [0; BYTES];
@@ -124,14 +124,18 @@ mod tests {
     fn a_kernel_finds_its_command_line_initrd_memory_and_tables() {
         let ram = Ram::new(4).unwrap();
         let image = Image::open(elf::tests::image(b"Linux\0", 0x20_0000, b"kernel")).unwrap();
-        assert_eq!(image.load(&ram, "quiet", Some(b"an initrd")).unwrap(), 0x20_0000);
+        let initrd = test_newc(&[("init", b"#!/bin/sh")]);
+        assert_eq!(image.load(&ram, "quiet", Some(&initrd)).unwrap(), 0x20_0000);
         assert_eq!(
             read(&ram, number(&ram, offset_of!(boot_params, hdr.cmd_line_ptr))),
             *b"quiet\0"
         );
         let initrd_at = number(&ram, offset_of!(boot_params, hdr.ramdisk_image));
-        assert_eq!((initrd_at % PAGE, read(&ram, initrd_at)), (0, *b"an initrd"));
-        assert_eq!(number(&ram, offset_of!(boot_params, hdr.ramdisk_size)), 9);
+        assert_eq!((initrd_at % PAGE, read(&ram, initrd_at)), (0, *b"070701"));
+        assert_eq!(
+            number(&ram, offset_of!(boot_params, hdr.ramdisk_size)),
+            initrd.len() as u64
+        );
         assert_eq!(
             read(&ram, number(&ram, offset_of!(boot_params, acpi_rsdp_addr))),
             *b"RSD PTR "

@@ -10,9 +10,12 @@
 mod bundled;
 mod bzimage;
 mod elf;
+mod initrd;
 mod linux;
 
 use ft_vhost::guest_side::dirty::GuestMemoryMmap;
+use std::io::Read;
+
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -100,10 +103,27 @@ impl Image {
         write_tables(ram.memory());
         match self.guest {
             Guest::Bundled => bundled::prepare(ram, command_line, initrd)?,
-            Guest::Linux => linux::prepare(ram, loaded.end, command_line, initrd.unwrap_or_default())?,
+            Guest::Linux => {
+                let initrd = initrd::rewrite(initrd.unwrap_or_default(), ram.bytes())?;
+                linux::prepare(ram, loaded.end, command_line, &initrd)?;
+            }
         }
         Ok(loaded.entry)
     }
+}
+
+/// One Zstandard frame, decompressed to at most `bytes_max` bytes.
+fn zstandard(compressed: &[u8], bytes_max: u64) -> Result<Vec<u8>, String> {
+    let decoder = ruzstd::decoding::StreamingDecoder::new(compressed).map_err(|error| error.to_string())?;
+    let mut content = Vec::new();
+    decoder
+        .take(bytes_max + 1)
+        .read_to_end(&mut content)
+        .map_err(|error| error.to_string())?;
+    if content.len() as u64 > bytes_max {
+        return Err(format!("it has more than {bytes_max} bytes decompressed"));
+    }
+    Ok(content)
 }
 
 fn put(memory: &GuestMemoryMmap, address: u64, bytes: &[u8]) {
