@@ -8,7 +8,7 @@ use ft_protocol::{
     replica,
 };
 
-use crate::{arbiter::ArbiterAddress, control::MetricsAddress};
+use crate::{arbiter::ArbiterAddress, control::MetricsAddress, journal_writer::JournalSettings};
 
 /// Which side of the pair this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -17,6 +17,24 @@ pub enum Side {
     Primary,
     /// Replays; listens for the primary.
     Backup,
+}
+
+/// When the journal cannot be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum JournalPolicy {
+    /// The VM goes on without a journal, and its operator is told.
+    GoOn,
+    /// This side ends; the other one goes on alone.
+    Stop,
+}
+
+/// When an earlier run left its journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EarlierPolicy {
+    /// Do not start.
+    Refuse,
+    /// Cut a torn tail off and move it into a directory of its own beside the new one.
+    Archive,
 }
 
 /// Orders, journals and replicates the log of a fault-tolerant VM, and decides with its peer who goes live.
@@ -44,6 +62,18 @@ pub struct Config {
     /// Directory for the journal; without it there is none.
     #[arg(long, value_name = "DIR")]
     pub journal: Option<PathBuf>,
+    /// Size at which a segment of the journal is followed by the next one.
+    #[arg(long, value_name = "KIB", default_value_t = 65_536, value_parser = clap::value_parser!(u64).range(64..=65_536))]
+    pub journal_segment_kib: u64,
+    /// Segments that are kept, the current one included; 0 for all. A journal without its beginning cannot be replayed.
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    pub journal_keep_segments: u32,
+    /// What to do when the journal cannot be written, as on a full disk.
+    #[arg(long, value_name = "POLICY", default_value = "go-on")]
+    pub journal_failure: JournalPolicy,
+    /// What to do at the start with a journal of an earlier run of the VM.
+    #[arg(long, value_name = "POLICY", default_value = "refuse")]
+    pub journal_earlier: EarlierPolicy,
     /// Address of this host: logging channel (TCP) and heartbeats (UDP).
     #[arg(long, value_name = "IP:PORT", required_unless_present = "alone")]
     pub listen: Option<SocketAddr>,
@@ -122,6 +152,16 @@ impl Config {
             name.trim().to_owned()
         };
         self.host_name.clone().unwrap_or_else(system)
+    }
+
+    /// What the journal's writer wants to know.
+    #[must_use]
+    pub fn journal_settings(&self) -> JournalSettings {
+        JournalSettings {
+            directory: self.journal.clone(),
+            segment_bytes: self.journal_segment_kib * 1024,
+            keep_segments: self.journal_keep_segments,
+        }
     }
 
     /// What the protocol core wants to know.

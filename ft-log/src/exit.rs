@@ -62,7 +62,9 @@ pub enum StartError {
         source: io::Error,
     },
     /// There is a journal already.
-    #[error("{directory}: the journal of {name} is already here: move it away, or give another --journal")]
+    #[error(
+        "{directory}: the journal of {name} is already here: move it away, give another --journal, or let --journal-earlier archive do it"
+    )]
     JournalExists {
         /// The directory.
         directory: PathBuf,

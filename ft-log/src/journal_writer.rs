@@ -5,13 +5,22 @@
 //!             Open, Sync, Close stand in the same queue, so that segments end between entries
 //! ```
 //! The format is `ft_client::journal`'s. A journal that fails, or falls behind by more than [`BACKLOG_BYTES_MAX`], ends with one
-//! clear error; the VM goes on.
+//! clear error; whether the VM goes on is the operator's choice (`--journal-failure`).
 
-use std::{collections::VecDeque, ffi::CString, io, os::fd::OwnedFd, os::unix::ffi::OsStrExt, path::PathBuf, rc::Rc};
+use std::{
+    collections::VecDeque,
+    ffi::CString,
+    io,
+    os::fd::OwnedFd,
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::PathBuf,
+    rc::Rc,
+};
 
 use ft_client::journal::{SEGMENT_BYTES, SEGMENT_BYTES_MAX, SEGMENT_HEADER_BYTES, SegmentHeader};
 use ft_protocol::ids::{Generation, Lsn};
 use thiserror::Error;
+use tracing::warn;
 
 use crate::{
     control::shared::JournalState,
@@ -38,7 +47,7 @@ pub enum JournalFailure {
         path: PathBuf,
     },
     /// The file system said no.
-    #[error("{path}: cannot {what}: {source}; the VM goes on without a journal")]
+    #[error("{path}: cannot {what}: {source}")]
     Io {
         /// The file.
         path: PathBuf,
@@ -48,7 +57,7 @@ pub enum JournalFailure {
         source: io::Error,
     },
     /// The disk is too slow.
-    #[error("{path}: {bytes} bytes wait to be written, the disk does not keep up; the VM goes on without a journal")]
+    #[error("{path}: {bytes} bytes wait to be written, the disk does not keep up")]
     Behind {
         /// The file.
         path: PathBuf,
@@ -57,8 +66,20 @@ pub enum JournalFailure {
     },
 }
 
+/// Where a journal is, and how much of it.
+#[derive(Clone, Debug)]
+pub struct JournalSettings {
+    /// Without one there is no journal.
+    pub directory: Option<PathBuf>,
+    /// A segment that has reached this size is followed by the next one; at most [`SEGMENT_BYTES`].
+    pub segment_bytes: u64,
+    /// Segments that are kept, the current one included; 0 for all.
+    pub keep_segments: u32,
+}
+
 #[derive(Debug)]
 enum Step {
+    Remove(PathBuf),
     Open(SegmentHeader),
     Write(Vec<u8>),
     Sync,
@@ -67,6 +88,7 @@ enum Step {
 
 #[derive(Clone, Copy, Debug)]
 enum Running {
+    Remove,
     Open,
     Write { from: usize },
     Sync,
@@ -83,7 +105,7 @@ enum State {
 /// The journal of one VM on this host.
 #[derive(Debug)]
 pub struct JournalWriter {
-    directory: Option<PathBuf>,
+    settings: JournalSettings,
     vm: String,
     state: State,
     header: SegmentHeader,
@@ -116,9 +138,9 @@ pub struct JournalStatus {
 }
 
 impl JournalWriter {
-    /// The journal of `vm` in `directory`; without a directory it takes everything and keeps nothing.
+    /// The journal of `vm`; without a directory it takes everything and keeps nothing.
     #[must_use]
-    pub fn new(directory: Option<PathBuf>, vm: &str) -> Self {
+    pub fn new(settings: JournalSettings, vm: &str) -> Self {
         let header = SegmentHeader {
             vm: vm.into(),
             generation: Generation(0),
@@ -126,7 +148,7 @@ impl JournalWriter {
             first: Lsn(1),
         };
         Self {
-            directory,
+            settings,
             vm: vm.into(),
             state: State::Idle,
             header,
@@ -146,7 +168,7 @@ impl JournalWriter {
 
     /// Begins the journal of a generation.
     pub fn start(&mut self, generation: Generation) {
-        if self.directory.is_none() || self.state != State::Idle {
+        if self.settings.directory.is_none() || self.state != State::Idle {
             return;
         }
         self.state = State::Open;
@@ -187,7 +209,7 @@ impl JournalWriter {
                 bytes,
             });
         }
-        if self.planned >= SEGMENT_BYTES || std::mem::take(&mut self.rotates) {
+        if self.planned >= self.settings.segment_bytes || std::mem::take(&mut self.rotates) {
             self.steps.extend([Step::Sync, Step::Close]);
             let next = SegmentHeader {
                 index: self.header.index + 1,
@@ -195,6 +217,7 @@ impl JournalWriter {
                 ..self.header.clone()
             };
             self.begin_segment(next);
+            self.remove_oldest();
         }
         if self.waiting_bytes == 0 {
             self.waiting_since_ns = now_ns;
@@ -210,6 +233,20 @@ impl JournalWriter {
         self.planned += frames.len() as u64;
         self.waiting_bytes += frames.len();
         Ok(())
+    }
+
+    /// Lets the segment go that is one too many, once the one after it is there.
+    fn remove_oldest(&mut self) {
+        let (keep, current) = (self.settings.keep_segments, &self.header);
+        let oldest = current.index.checked_sub(keep).filter(|_| keep > 0);
+        if let (Some(index), Some(directory)) = (oldest, &self.settings.directory) {
+            let header = SegmentHeader {
+                index,
+                ..current.clone()
+            };
+            let path = directory.join(header.file_name());
+            self.steps.push_back(Step::Remove(path));
+        }
     }
 
     /// Goes on with a new segment at the next entry, unless the current one has none yet.
@@ -283,8 +320,16 @@ impl JournalWriter {
             return Ok(());
         };
         let (running, operation) = match (step, &self.file) {
+            (Step::Remove(path), _) => {
+                let path = CString::new(path.into_os_string().into_vec())?;
+                (Running::Remove, Operation::Unlink(None, path))
+            }
             (Step::Open(header), _) => {
-                let directory = self.directory.as_deref().expect("an open journal has a directory");
+                let directory = self
+                    .settings
+                    .directory
+                    .as_deref()
+                    .expect("an open journal has a directory");
                 self.path = directory.join(header.file_name());
                 let path = CString::new(self.path.as_os_str().as_bytes())?;
                 let flags = libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY;
@@ -334,7 +379,11 @@ impl JournalWriter {
             (Running::Write { .. }, Ok(_)) => {
                 return Err(self.failed("write", io::ErrorKind::WriteZero.into()));
             }
-            (Running::Sync | Running::Close, Ok(_)) => {}
+            // A segment that stays takes room and does no harm.
+            (Running::Remove, Err(error)) => {
+                warn!("{}: an old segment could not be removed: {error}", self.path.display())
+            }
+            (Running::Remove | Running::Sync | Running::Close, Ok(_)) => {}
             (Running::Open, Err(error)) => return Err(self.failed("create", error)),
             (Running::Write { .. }, Err(error)) => return Err(self.failed("write", error)),
             (Running::Sync, Err(error)) => return Err(self.failed("flush", error)),

@@ -20,6 +20,7 @@ pub mod config;
 mod config_file;
 pub mod control;
 pub mod daemon;
+mod earlier_journal;
 pub mod exit;
 pub mod heartbeat;
 pub mod inspect;

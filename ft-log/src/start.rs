@@ -14,10 +14,10 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
-use ft_client::{events::Events, journal};
-use ft_protocol::Generation;
+use ft_client::events::Events;
 use nix::sys::{
     signal::{SigSet, Signal},
     signalfd::{SfdFlags, SignalFd},
@@ -28,6 +28,7 @@ use crate::{
     config::{Config, Side},
     control::{Control, Shared},
     daemon::{Daemon, Parts},
+    earlier_journal,
     exit::{Exit, StartError},
     heartbeat::Heartbeats,
     local::Local,
@@ -49,7 +50,7 @@ pub fn run(config: Config) -> Result<Exit, StartError> {
         source,
     })?;
     if let Some(directory) = &config.journal {
-        prepare_journal(directory, &config.vm)?;
+        earlier_journal::prepare(directory, &config.vm, config.journal_earlier)?;
     }
     // Later it may come and go; a backup with a mistyped path would learn of it at the failover.
     if let ArbiterAddress::Directory(path) = &config.arbiter {
@@ -125,28 +126,6 @@ fn signals() -> io::Result<OwnedFd> {
     signals.as_fd().try_clone_to_owned()
 }
 
-/// The start is always about the first generation: it must not meet an earlier journal of it.
-fn prepare_journal(directory: &Path, vm: &str) -> Result<(), StartError> {
-    std::fs::create_dir_all(directory).map_err(|source| StartError::Path {
-        path: directory.to_owned(),
-        what: "create the journal's directory",
-        source,
-    })?;
-    let found = journal::journals(directory).map_err(|error| StartError::Path {
-        path: directory.to_owned(),
-        what: "read the journal's directory",
-        source: io::Error::other(error),
-    })?;
-    let same = |name: &&journal::JournalName| name.vm == vm && name.generation == Generation::FIRST;
-    match found.iter().find(same) {
-        Some(name) => Err(StartError::JournalExists {
-            directory: directory.to_owned(),
-            name: name.to_string(),
-        }),
-        None => Ok(()),
-    }
-}
-
 fn sockets(config: &Config) -> Result<(Option<OwnedFd>, Option<Heartbeats>), StartError> {
     let (Some(listen), Some(peer)) = (config.listen, config.peer) else {
         return Ok((None, None));
@@ -161,10 +140,12 @@ fn sockets(config: &Config) -> Result<(Option<OwnedFd>, Option<Heartbeats>), Sta
             source,
         }
     };
-    let heartbeats = UdpSocket::bind(listen).map_err(failed("bind the heartbeats' UDP socket"))?;
+    let heartbeats = patiently(|| UdpSocket::bind(listen)).map_err(failed("bind the heartbeats' UDP socket"))?;
     let listener = match config.role {
         // The standard library sets SO_REUSEADDR.
-        Side::Backup => Some(TcpListener::bind(listen).map_err(failed("listen for the logging channel"))?),
+        Side::Backup => {
+            Some(patiently(|| TcpListener::bind(listen)).map_err(failed("listen for the logging channel"))?)
+        }
         Side::Primary => None,
     };
     let address: SocketAddr = peer;
@@ -187,6 +168,20 @@ fn local_socket(path: &Path) -> Result<UnixListener, StartError> {
     UnixListener::bind(path).map_err(failed("listen on the socket"))
 }
 
+/// Tries again for a moment what fails because an address is in use: the io_uring of a daemon that was just killed keeps its
+/// sockets until the kernel has cancelled what was in flight.
+fn patiently<T>(attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    const ATTEMPTS: u32 = 50;
+    const PAUSE: Duration = Duration::from_millis(10);
+    for _ in 1..ATTEMPTS {
+        match attempt() {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => std::thread::sleep(PAUSE),
+            done => return done,
+        }
+    }
+    attempt()
+}
+
 /// Removes a socket file that nobody listens on any more; anything else is left alone.
 fn clear_stale_socket(path: &Path) -> Result<(), StartError> {
     let failed = |what: &'static str| {
@@ -200,11 +195,16 @@ fn clear_stale_socket(path: &Path) -> Result<(), StartError> {
         if !metadata.file_type().is_socket() {
             return Err(StartError::NotASocket { path: path.to_owned() });
         }
-        match UnixStream::connect(path) {
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(failed("replace the stale socket"))?;
+        let is_free = || match UnixStream::connect(path) {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
+            Err(error) => Err(error),
+            Ok(_) => Err(ErrorKind::AddrInUse.into()),
+        };
+        match patiently(is_free) {
+            Ok(()) => std::fs::remove_file(path).map_err(failed("replace the stale socket"))?,
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                return Err(StartError::SocketInUse { path: path.to_owned() });
             }
-            Ok(_) => return Err(StartError::SocketInUse { path: path.to_owned() }),
             Err(error) => return Err(failed("find out whether the socket is in use")(error)),
         }
     }

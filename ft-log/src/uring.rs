@@ -155,8 +155,8 @@ pub enum Operation {
     Open(Option<Rc<OwnedFd>>, CString, i32),
     /// linkat(2), both paths in one directory.
     Link(Rc<OwnedFd>, CString, CString),
-    /// unlinkat(2).
-    Unlink(Rc<OwnedFd>, CString),
+    /// unlinkat(2), relative to a directory if there is one.
+    Unlink(Option<Rc<OwnedFd>>, CString),
     /// close(2), where it might block.
     Close(OwnedFd),
 }
@@ -396,8 +396,9 @@ fn prepare(operation: Operation) -> (squeue::Entry, Memory, Option<Rc<OwnedFd>>)
             (entry, Memory::Spent(Spent::Paths(old, new)), Some(directory))
         }
         Operation::Unlink(directory, path) => {
-            let entry = opcode::UnlinkAt::new(fd(&directory), path.as_ptr()).build();
-            (entry, Memory::Spent(Spent::Path(path)), Some(directory))
+            let at: RawFd = directory.as_ref().map_or(libc::AT_FDCWD, |fd| fd.as_raw_fd());
+            let entry = opcode::UnlinkAt::new(types::Fd(at), path.as_ptr()).build();
+            (entry, Memory::Spent(Spent::Path(path)), directory)
         }
         Operation::Close(file) => {
             // The kernel closes it: from here on nobody else may.

@@ -236,7 +236,7 @@ fn clean_up(mut claim: Claim, ring: &mut Ring) -> io::Result<()> {
     };
     if claim.temp_exists {
         // The slot keeps the directory open until the unlink is done.
-        return ring.submit(Token::Cleanup, Operation::Unlink(directory, claim.temp));
+        return ring.submit(Token::Cleanup, Operation::Unlink(Some(directory), claim.temp));
     }
     close(Some(directory), ring)
 }

@@ -30,7 +30,7 @@ use self::{
 use crate::{
     arbiter::Arbiter,
     clients::{Clients, News},
-    config::{Config, Side},
+    config::{Config, JournalPolicy, Side},
     control::Shared,
     exit::Exit,
     heartbeat::Heartbeats,
@@ -331,10 +331,20 @@ impl Daemon {
         if let JournalFailure::Exists { .. } = failure {
             return self.fail(Exit::Environment, failure.to_string());
         }
-        tracing::error!("the journal ends here: {failure}");
+        let stops = self.config.journal_failure == JournalPolicy::Stop;
+        let then = if stops {
+            "so does this side"
+        } else {
+            "the VM goes on without a journal"
+        };
+        tracing::error!("the journal ends here: {failure}; {then} (--journal-failure)");
+        let reason = failure.to_string();
         self.events
-            .emit("journal_failed", json!({ "reason": failure.to_string() }));
-        Ok(())
+            .emit("journal_failed", json!({ "reason": reason, "stops": stops }));
+        match stops {
+            true => self.fail(Exit::Environment, format!("the journal failed: {reason}")),
+            false => Ok(()),
+        }
     }
 
     /// The shim rings when it has applied what it must.

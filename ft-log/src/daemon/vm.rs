@@ -51,7 +51,7 @@ impl Vm {
             replica: Replica::new(config.replica(), now_ns),
             local,
             link,
-            journal: JournalWriter::new(config.journal.clone(), &config.vm),
+            journal: JournalWriter::new(config.journal_settings(), &config.vm),
             arbiter,
             arbiter_trouble: None,
             arbiter_warned: false,

@@ -177,3 +177,119 @@ fn a_full_disk_ends_the_journal_and_not_the_vm() {
     }
     assert!(last > Lsn(1000));
 }
+
+#[test]
+fn a_journal_keeps_as_many_segments_as_it_is_told_to() {
+    let world = World::new();
+    let (mut a, mut b) = world.pair_with(&["--journal-segment-kib", "64", "--journal-keep-segments", "3"]);
+    let mut last = Lsn::ZERO;
+    // A segment ends between batches: many small ones.
+    for _ in 0..40 {
+        last = a.append(20);
+        a.wait_committed(last);
+    }
+    b.replay_through(Lsn(1), last);
+    let last = a.power_off();
+    b.replay_through(last, last);
+    for (host, id) in [(&mut a, HostId::A), (&mut b, HostId::B)] {
+        assert_eq!(host.daemon.wait_code(), 0, "{}", host.daemon.logged);
+        let mut files: Vec<_> = fs::read_dir(world.journal(id))
+            .unwrap()
+            .map(|file| file.unwrap().path())
+            .collect();
+        files.sort();
+        assert_eq!(files.len(), 3, "{files:?}");
+        let name = ft_client::journal::journals(&world.journal(id)).unwrap().remove(0);
+        assert!(matches!(
+            JournalReader::open(&world.journal(id)),
+            Err(JournalError::Missing { .. })
+        ));
+        let mut reader = JournalReader::open_retained(&world.journal(id), name).unwrap();
+        while reader.next_entry().unwrap().is_some() {}
+        assert_eq!((reader.last_good().lsn, reader.torn_tail()), (last, None));
+    }
+}
+
+#[test]
+fn a_full_disk_ends_this_side_where_that_is_the_policy_and_the_other_one_goes_on() {
+    let world = World::new();
+    let command = world.command(HostId::A);
+    let mut shell = Command::new("bash");
+    shell.args(["-c", "trap '' XFSZ; ulimit -f 10240; exec \"$0\" \"$@\""]);
+    shell.arg(command.get_program()).args(command.get_args());
+    let mut daemon = Daemon::spawn(shell.args(["--vm", VM, "--journal-failure", "stop"]));
+    daemon.wait_log("waiting for");
+    let mut a = Host::join(daemon, &world.socket(HostId::A), &FINGERPRINT);
+    let mut b = world.host_with(HostId::B, &[]);
+    a.wait_role(Role::Recording);
+    let mut replayed = Lsn::ZERO;
+    let mut replay = |b: &mut Host| {
+        while let Some(lsn) = b.try_replay() {
+            replayed = lsn;
+        }
+        b.consumed(replayed);
+    };
+    while a.region().role() == Role::Recording {
+        a.append(100);
+        replay(&mut b);
+    }
+    while b.region().role() != Role::Live {
+        replay(&mut b);
+    }
+    assert_eq!(a.daemon.wait_event("journal_failed")["stops"], true);
+    assert_eq!(a.daemon.wait_code(), 3);
+    assert!(
+        a.daemon.logged.contains("so does this side (--journal-failure)"),
+        "{}",
+        a.daemon.logged
+    );
+}
+
+#[test]
+fn a_restart_recovers_the_journal_of_the_earlier_run_and_puts_it_aside() {
+    let world = World::new();
+    let (mut a, b) = world.pair();
+    let last = a.append(500);
+    a.wait_committed(last);
+    a.daemon.signal(Signal::SIGKILL);
+    a.daemon.wait();
+    drop((a, b));
+    // The kill may have come between two writes: a tail that is torn for certain.
+    let path = only_file(&world.journal(HostId::A));
+    let bytes = fs::read(&path).unwrap();
+    fs::write(&path, &bytes[..bytes.len() - 3]).unwrap();
+    let mut refused = Daemon::spawn(world.command(HostId::A).args(["--vm", VM]));
+    assert_eq!(refused.wait_code(), 3);
+    assert!(
+        refused.logged.contains("--journal-earlier archive"),
+        "{}",
+        refused.logged
+    );
+    let mut daemon = world.start_with(HostId::A, &["--vm", VM, "--journal-earlier", "archive"]);
+    assert!(
+        daemon.logged.contains("cut off, everything before it is whole"),
+        "{}",
+        daemon.logged
+    );
+    let place = fs::read_dir(world.journal(HostId::A))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    let verified = Command::new(env!("CARGO_BIN_EXE_ft-log"))
+        .arg("verify")
+        .arg(&place)
+        .output()
+        .unwrap();
+    assert_eq!(
+        verified.status.code(),
+        Some(0),
+        "{}",
+        String::from_utf8_lossy(&verified.stdout)
+    );
+    let (_, end, _) = read(&place).unwrap();
+    assert!(end > Lsn::ZERO && end < last.next());
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait_code(), 0);
+}

@@ -347,6 +347,13 @@ impl Host {
         }
     }
 
+    /// Takes the next entry to replay, if there is one.
+    pub(crate) fn try_replay(&mut self) -> Option<Lsn> {
+        let mut bytes = Vec::new();
+        self.shim.replay.pop(&mut bytes).unwrap()?;
+        Some(Entry::decode(&bytes).unwrap().lsn)
+    }
+
     /// Replays everything through `last`, checks the order, and says so to the daemon.
     pub(crate) fn replay_through(&mut self, from: Lsn, last: Lsn) -> Vec<u8> {
         let mut all = Vec::new();
