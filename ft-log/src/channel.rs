@@ -1,10 +1,12 @@
 //! The logging channel: one TCP connection, frames both ways.
 //!
 //! ```text
-//!  entries, messages ──► outgoing ──swap──► send in flight (one at a time, the next batch collects meanwhile)
+//!  entries ──► backlog ──chunk──► send in flight (one at a time) ──► back to the backlog, until they are acknowledged
+//!  messages ──► outgoing ──swap──►        "
 //!  receive ──► incoming (one fixed buffer) ──► frames ──► replay ring, core
 //! ```
-//! Entries are appended to `outgoing` in place and leave only once the core said so ([`Channel::allow`]).
+//! Entries leave only once the core said so ([`Channel::allow`]): after both sides said hello. What a message says holds for the
+//! entries before it, so that those leave first.
 
 use std::{
     io,
@@ -14,7 +16,7 @@ use std::{
 };
 
 use ft_client::crash;
-use ft_protocol::{ids::Generation, limits::FRAME_BYTES_MAX, message::Message};
+use ft_protocol::{backlog::Backlog, ids::Generation, limits::FRAME_BYTES_MAX, message::Message};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt};
 
 use crate::{
@@ -24,8 +26,6 @@ use crate::{
 
 /// Bytes of the receive buffer: the largest frame and as much again behind it.
 const INCOMING_BYTES: usize = 2 * FRAME_BYTES_MAX;
-/// Unsent bytes above which no more entries are taken from the producers.
-pub const BACKLOG_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// One connection.
 #[derive(Debug)]
@@ -34,8 +34,7 @@ pub struct Channel {
     socket: Rc<OwnedFd>,
     peer: SocketAddr,
     outgoing: Vec<u8>,
-    allowed: usize,
-    has_entries: bool,
+    is_open: bool,
     sending: usize,
     sending_entries: bool,
     spare: Vec<u8>,
@@ -49,8 +48,10 @@ pub struct Channel {
 }
 
 /// Socket options of both ends.
-fn prepare(socket: &OwnedFd) -> io::Result<()> {
+fn prepare(socket: &OwnedFd, timeout_ms: u32) -> io::Result<()> {
     setsockopt(socket, sockopt::TcpNoDelay, &true)?;
+    // Data that the peer's kernel does not take for so long: the path is gone, and another connection may find another one.
+    setsockopt(socket, sockopt::TcpUserTimeout, &timeout_ms)?;
     // Before pairing nothing else tells that the peer's host is gone; afterwards heartbeats are much faster.
     setsockopt(socket, sockopt::KeepAlive, &true)?;
     setsockopt(socket, sockopt::TcpKeepIdle, &1)?;
@@ -60,19 +61,24 @@ fn prepare(socket: &OwnedFd) -> io::Result<()> {
 }
 
 impl Channel {
-    /// Takes a connected socket and starts to receive.
+    /// Takes a connected socket and starts to receive. Data that is not taken for `timeout_ms` breaks the connection.
     ///
     /// # Errors
     /// As setsockopt(2) and [`Ring::submit`].
-    pub fn new(ring: &mut Ring, number: u32, socket: Rc<OwnedFd>, peer: SocketAddr) -> io::Result<Self> {
-        prepare(&socket)?;
+    pub fn new(
+        ring: &mut Ring,
+        number: u32,
+        socket: Rc<OwnedFd>,
+        peer: SocketAddr,
+        timeout_ms: u32,
+    ) -> io::Result<Self> {
+        prepare(&socket, timeout_ms)?;
         let mut channel = Self {
             number,
             socket,
             peer,
             outgoing: Vec::new(),
-            allowed: 0,
-            has_entries: false,
+            is_open: false,
             sending: 0,
             sending_entries: false,
             spare: Vec::new(),
@@ -103,46 +109,37 @@ impl Channel {
     /// Queues a control message.
     pub fn message(&mut self, message: &Message, generation: Generation) {
         message.encode(generation, &mut self.outgoing);
-        self.allowed = self.outgoing.len();
     }
 
-    /// Where entries are appended to.
-    pub fn outgoing(&mut self) -> &mut Vec<u8> {
-        &mut self.outgoing
-    }
-
-    /// The entries that were appended may leave.
+    /// Entries of the backlog may leave on this connection.
     pub fn allow(&mut self) {
-        self.has_entries |= self.allowed < self.outgoing.len();
-        self.allowed = self.outgoing.len();
+        self.is_open = true;
     }
 
-    /// Takes back what was appended and not allowed.
-    pub fn retract(&mut self) {
-        self.outgoing.truncate(self.allowed);
-    }
-
-    /// Bytes that the kernel has not taken yet.
+    /// Whether a send of entries is in flight: their memory comes back with its completion, whatever becomes of the channel.
     #[must_use]
-    pub fn backlog(&self) -> usize {
-        self.outgoing.len() + self.sending
+    pub fn has_entries_out(&self) -> bool {
+        self.sending > 0 && self.sending_entries
     }
 
-    /// Starts a send of everything that was collected, if none is in flight.
+    /// Starts a send of what there is, if none is in flight.
     ///
     /// # Errors
     /// As [`Ring::submit`].
-    pub fn flush(&mut self, ring: &mut Ring) -> io::Result<()> {
-        if self.sending > 0 || self.outgoing.is_empty() || self.is_shut {
+    pub fn flush(&mut self, ring: &mut Ring, backlog: &mut Backlog) -> io::Result<()> {
+        if self.sending > 0 || self.is_shut {
             return Ok(());
         }
-        debug_assert_eq!(self.allowed, self.outgoing.len());
-        self.sending_entries = std::mem::take(&mut self.has_entries);
-        if self.sending_entries {
-            crash::point("log.send.before");
-        }
-        let bytes = std::mem::replace(&mut self.outgoing, std::mem::take(&mut self.spare));
-        self.allowed = 0;
+        let entries = if self.is_open { backlog.take() } else { None };
+        self.sending_entries = entries.is_some();
+        let bytes = match entries {
+            Some(bytes) => {
+                crash::point("log.send.before");
+                bytes
+            }
+            None if self.outgoing.is_empty() => return Ok(()),
+            None => std::mem::replace(&mut self.outgoing, std::mem::take(&mut self.spare)),
+        };
         self.sending = bytes.len();
         ring.submit(
             Token::ChannelSend(self.number),
@@ -154,24 +151,29 @@ impl Channel {
     ///
     /// # Errors
     /// A broken connection.
-    pub fn sent(&mut self, ring: &mut Ring, done: Done) -> io::Result<()> {
-        let mut bytes = done.memory.into_bytes();
-        let count = done.result?;
-        if count == 0 {
-            return Err(io::ErrorKind::WriteZero.into());
-        }
-        self.sending -= count;
-        if self.sending > 0 {
+    pub fn sent(&mut self, ring: &mut Ring, backlog: &mut Backlog, done: Done) -> io::Result<()> {
+        let bytes = done.memory.into_bytes();
+        let count = match done.result {
+            Ok(0) => Err(io::ErrorKind::WriteZero.into()),
+            result => result,
+        };
+        if let Ok(count) = count
+            && count < self.sending
+        {
+            self.sending -= count;
             let from = bytes.len() - self.sending;
             let rest = Operation::Send(Rc::clone(&self.socket), bytes, from);
             return ring.submit(Token::ChannelSend(self.number), rest);
         }
-        bytes.clear();
-        self.spare = bytes;
+        self.sending = 0;
         if self.sending_entries {
+            backlog.give_back(bytes);
             crash::point("log.send.after");
+        } else {
+            self.spare = bytes;
+            self.spare.clear();
         }
-        Ok(())
+        count.map(|_| ())
     }
 
     // ---- receiving ---------------------------------------------------------------------------------------------------
@@ -229,12 +231,17 @@ impl Channel {
         self.taken(self.end - self.start);
     }
 
-    /// No more entries are sent; what was queued still leaves, then the stream ends.
+    /// Entries stop here: they may have to leave on another connection.
+    pub fn hold_entries(&mut self) {
+        self.is_open = false;
+    }
+
+    /// What was queued still leaves, then the stream ends.
     ///
     /// # Errors
     /// As [`Ring::submit`].
-    pub fn wind_down(&mut self, ring: &mut Ring) -> io::Result<()> {
-        self.flush(ring)?;
+    pub fn wind_down(&mut self, ring: &mut Ring, backlog: &mut Backlog) -> io::Result<()> {
+        self.flush(ring, backlog)?;
         if self.sending == 0 && !self.is_shut {
             self.is_shut = true;
             let shut = Operation::Shutdown(Rc::clone(&self.socket), libc::SHUT_WR);

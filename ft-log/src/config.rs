@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::{Parser, ValueEnum};
 use ft_protocol::{
     limits::{DEVICES_MAX, VM_NAME_BYTES_MAX},
+    message::Strength,
     replica,
 };
 
@@ -36,6 +37,22 @@ pub enum EarlierPolicy {
     /// Cut a torn tail off and move it into a directory of its own beside the new one.
     Archive,
 }
+
+/// See [`Strength`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Ack {
+    /// It has arrived.
+    Received,
+    /// It is in the backup's journal, flushed.
+    Durable,
+    /// It was replayed.
+    Replayed,
+}
+
+/// Heartbeats that tell why a channel stands still, within the time it may.
+const HEARTBEATS_PER_CHANNEL_TIMEOUT: u64 = 4;
+/// The usual time that a channel may be away.
+const CHANNEL_TIMEOUT_MS: u64 = 1000;
 
 /// Orders, journals and replicates the log of a fault-tolerant VM, and decides with its peer who goes live.
 #[derive(Clone, Debug, Parser)]
@@ -92,6 +109,18 @@ pub struct Config {
     /// Missed heartbeats after which the peer is suspected.
     #[arg(long, value_name = "COUNT", default_value_t = 10, value_parser = clap::value_parser!(u32).range(2..=10_000))]
     pub heartbeat_misses: u32,
+    /// What the backup must say of an entry before the outputs it marks leave (given to the primary).
+    #[arg(long, value_name = "STRENGTH", default_value = "received")]
+    pub ack: Ack,
+    /// How long the logging channel may be away, or stand still, while heartbeats go on [default: 1000, or 4 heartbeats].
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    pub channel_timeout_ms: Option<u64>,
+    /// Lag of the backup's replay from which on the primary is slowed.
+    #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    pub lag_target_ms: u64,
+    /// Lag of the backup's replay at which the primary stands still.
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    pub lag_limit_ms: u64,
     /// Append events to this file, one JSON object a line.
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
@@ -133,6 +162,14 @@ impl Config {
         if let Some(twice) = (1..self.devices.len()).find(|at| self.devices[..*at].contains(&self.devices[*at])) {
             return Err(format!("--devices: '{}' is there twice", self.devices[twice]));
         }
+        if self.channel_timeout_ms() < HEARTBEATS_PER_CHANNEL_TIMEOUT * self.heartbeat_interval_ms {
+            return Err(format!(
+                "--channel-timeout-ms must be at least {HEARTBEATS_PER_CHANNEL_TIMEOUT} times --heartbeat-interval-ms: heartbeats tell why a channel stands still"
+            ));
+        }
+        if self.lag_target_ms > self.lag_limit_ms {
+            return Err("--lag-target-ms must not be above --lag-limit-ms".into());
+        }
         if let (Some(listen), Some(peer)) = (self.listen, self.peer) {
             if listen == peer {
                 return Err("--listen and --peer are the same address: --peer is the other host's".into());
@@ -164,15 +201,32 @@ impl Config {
         }
     }
 
-    /// What the protocol core wants to know.
+    /// How long the channel may be away.
     #[must_use]
-    pub fn replica(&self) -> replica::Config {
+    pub fn channel_timeout_ms(&self) -> u64 {
+        let least = HEARTBEATS_PER_CHANNEL_TIMEOUT * self.heartbeat_interval_ms;
+        self.channel_timeout_ms.unwrap_or(least.max(CHANNEL_TIMEOUT_MS))
+    }
+
+    /// What the protocol core wants to know; `instance` is a random number.
+    #[must_use]
+    pub fn replica(&self, instance: u64) -> replica::Config {
         replica::Config {
             vm: self.vm.clone(),
             primary: self.role == Side::Primary,
             alone: self.alone,
             heartbeat_interval_ns: self.heartbeat_interval_ms * 1_000_000,
             heartbeat_misses: self.heartbeat_misses,
+            channel_timeout_ns: self.channel_timeout_ms() * 1_000_000,
+            ack: match self.ack {
+                Ack::Received => Strength::Received,
+                Ack::Durable => Strength::Durable,
+                Ack::Replayed => Strength::Replayed,
+            },
+            keeps_journal: self.journal.is_some(),
+            lag_target_ns: self.lag_target_ms * 1_000_000,
+            lag_limit_ns: self.lag_limit_ms * 1_000_000,
+            instance,
         }
     }
 }
@@ -219,5 +273,10 @@ mod tests {
         assert!(parse(&["--alone", "--devices", "a,b,a"]).unwrap_err().contains("'a'"));
         assert!(parse(&["--alone", "--devices", "1,2,3,4,5,6,7,8,9"]).is_err());
         assert!(parse(&["--alone", "--heartbeat-interval-ms", "0"]).is_err());
+        assert!(parse(&["--alone", "--lag-target-ms", "20", "--lag-limit-ms", "10"]).is_err());
+        let short = ["--alone", "--channel-timeout-ms", "79"];
+        assert!(parse(&short).unwrap_err().contains("--channel-timeout-ms"));
+        let slow = parse(&["--alone", "--heartbeat-interval-ms", "5000"]).unwrap();
+        assert_eq!((slow.channel_timeout_ms(), slow.ack), (20_000, Ack::Received));
     }
 }

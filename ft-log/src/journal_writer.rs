@@ -1,8 +1,10 @@
-//! Writes the journal, one step at a time, beside the acknowledgement path and never in it.
+//! Writes the journal, one step at a time, beside the acknowledgement path; in it only where the primary asked for durable
+//! acknowledgements.
 //!
 //! ```text
 //!  append ──► the last queued Write (grows) ──► one operation in flight ──► file
 //!             Open, Sync, Close stand in the same queue, so that segments end between entries
+//!  durable acknowledgements: Write ──► Sync ──► durable(); what was appended meanwhile is the next Write
 //! ```
 //! The format is `ft_client::journal`'s. A journal that fails, or falls behind by more than [`BACKLOG_BYTES_MAX`], ends with one
 //! clear error; whether the VM goes on is the operator's choice (`--journal-failure`).
@@ -81,7 +83,10 @@ pub struct JournalSettings {
 enum Step {
     Remove(PathBuf),
     Open(SegmentHeader),
-    Write(Vec<u8>),
+    /// Makes the new file's name last.
+    SyncDirectory,
+    /// Whole frames; the last entry of them.
+    Write(Vec<u8>, Lsn),
     Sync,
     Close,
 }
@@ -90,7 +95,8 @@ enum Step {
 enum Running {
     Remove,
     Open,
-    Write { from: usize },
+    SyncDirectory,
+    Write { from: usize, through: Lsn },
     Sync,
     Close,
 }
@@ -122,6 +128,10 @@ pub struct JournalWriter {
     /// The next entry begins a segment.
     rotates: bool,
     has_failed: bool,
+    /// Every write is flushed before the next one: somebody waits for it.
+    flushes: bool,
+    flushable: Lsn,
+    durable: Lsn,
 }
 
 /// What a journal is doing.
@@ -163,11 +173,22 @@ impl JournalWriter {
             spare: Vec::new(),
             rotates: false,
             has_failed: false,
+            flushes: false,
+            flushable: Lsn::ZERO,
+            durable: Lsn::ZERO,
         }
     }
 
-    /// Begins the journal of a generation.
-    pub fn start(&mut self, generation: Generation) {
+    /// The last entry that is on stable storage, with everything before it.
+    #[must_use]
+    pub fn durable(&self) -> Lsn {
+        self.durable
+    }
+
+    /// Begins the journal of a generation. With `flushes`, outputs wait for [`JournalWriter::durable`]: everything is written and
+    /// flushed as soon as the flush before it is done.
+    pub fn start(&mut self, generation: Generation, flushes: bool) {
+        self.flushes = flushes;
         if self.settings.directory.is_none() || self.state != State::Idle {
             return;
         }
@@ -183,20 +204,22 @@ impl JournalWriter {
     fn begin_segment(&mut self, header: SegmentHeader) {
         let bytes = header.encode();
         self.steps.push_back(Step::Open(header.clone()));
-        self.steps.push_back(Step::Write(bytes.to_vec()));
+        self.steps.push_back(Step::SyncDirectory);
+        self.steps
+            .push_back(Step::Write(bytes.to_vec(), Lsn(header.first.0 - 1)));
         self.waiting_bytes += bytes.len();
         self.planned = SEGMENT_HEADER_BYTES as u64;
         self.header = header;
     }
 
-    /// Appends whole frames, the first of which is entry `first`.
+    /// Appends whole frames, entries `first` to `through`.
     ///
     /// # Errors
     /// When the disk is too far behind: the journal has ended.
     ///
     /// # Panics
     /// For a batch above [`BATCH_BYTES_MAX`]: the caller's bug.
-    pub fn append(&mut self, frames: &[u8], first: Lsn, now_ns: u64) -> Result<(), JournalFailure> {
+    pub fn append(&mut self, frames: &[u8], first: Lsn, through: Lsn, now_ns: u64) -> Result<(), JournalFailure> {
         if self.state != State::Open {
             return Ok(());
         }
@@ -223,11 +246,14 @@ impl JournalWriter {
             self.waiting_since_ns = now_ns;
         }
         match self.steps.back_mut() {
-            Some(Step::Write(bytes)) => bytes.extend_from_slice(frames),
+            Some(Step::Write(bytes, last)) => {
+                bytes.extend_from_slice(frames);
+                *last = through;
+            }
             _ => {
                 let mut bytes = std::mem::take(&mut self.spare);
                 bytes.extend_from_slice(frames);
-                self.steps.push_back(Step::Write(bytes));
+                self.steps.push_back(Step::Write(bytes, through));
             }
         }
         self.planned += frames.len() as u64;
@@ -297,7 +323,7 @@ impl JournalWriter {
     /// When [`JournalWriter::pump`] has something to do that it has not now.
     #[must_use]
     pub fn deadline_ns(&self) -> Option<u64> {
-        let waits = self.running.is_none() && matches!(self.steps.front(), Some(Step::Write(_)));
+        let waits = self.running.is_none() && matches!(self.steps.front(), Some(Step::Write(..)));
         waits.then(|| self.waiting_since_ns + WRITE_DELAY_NS)
     }
 
@@ -309,9 +335,11 @@ impl JournalWriter {
         if self.running.is_some() {
             return Ok(());
         }
-        if let Some(Step::Write(bytes)) = self.steps.front() {
-            let due =
-                self.steps.len() > 1 || bytes.len() >= WRITE_BYTES || now_ns >= self.waiting_since_ns + WRITE_DELAY_NS;
+        if let Some(Step::Write(bytes, _)) = self.steps.front() {
+            let due = self.flushes
+                || self.steps.len() > 1
+                || bytes.len() >= WRITE_BYTES
+                || now_ns >= self.waiting_since_ns + WRITE_DELAY_NS;
             if !due {
                 return Ok(());
             }
@@ -335,8 +363,20 @@ impl JournalWriter {
                 let flags = libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY;
                 (Running::Open, Operation::Open(None, path, flags))
             }
-            (Step::Write(bytes), Some(file)) => (
-                Running::Write { from: 0 },
+            (Step::SyncDirectory, _) => {
+                let directory = self
+                    .settings
+                    .directory
+                    .as_deref()
+                    .expect("an open journal has a directory");
+                let path = CString::new(directory.as_os_str().as_bytes())?;
+                (
+                    Running::SyncDirectory,
+                    Operation::Open(None, path, libc::O_RDONLY | libc::O_DIRECTORY),
+                )
+            }
+            (Step::Write(bytes, through), Some(file)) => (
+                Running::Write { from: 0, through },
                 Operation::Write(Rc::clone(file), bytes, 0, self.written),
             ),
             (Step::Sync, Some(file)) => (Running::Sync, Operation::Sync(Rc::clone(file))),
@@ -345,7 +385,7 @@ impl JournalWriter {
                 let Some(file) = file else { return Ok(()) };
                 (Running::Close, Operation::Close(file))
             }
-            (Step::Write(_) | Step::Sync | Step::Close, None) => return Ok(()),
+            (Step::Write(..) | Step::Sync | Step::Close, None) => return Ok(()),
         };
         self.running = Some(running);
         ring.submit(Token::Journal, operation)
@@ -371,10 +411,18 @@ impl JournalWriter {
                     path: self.path.clone(),
                 });
             }
-            (Running::Write { from }, Ok(count)) if count > 0 => {
+            (Running::SyncDirectory, Ok(_)) => {
+                // Opened now; flushed next, by the same name.
+                if let Some(directory) = done.descriptor {
+                    self.running = Some(Running::Sync);
+                    ring.submit(Token::Journal, Operation::Sync(Rc::new(directory)))
+                        .map_err(|error| self.failed("flush the directory", error))?;
+                }
+            }
+            (Running::Write { from, through }, Ok(count)) if count > 0 => {
                 self.written += count as u64;
                 self.waiting_bytes = self.waiting_bytes.saturating_sub(count);
-                self.write_on(ring, done.memory.into_bytes(), from + count)?;
+                self.write_on(ring, done.memory.into_bytes(), from + count, through)?;
             }
             (Running::Write { .. }, Ok(_)) => {
                 return Err(self.failed("write", io::ErrorKind::WriteZero.into()));
@@ -383,7 +431,9 @@ impl JournalWriter {
             (Running::Remove, Err(error)) => {
                 warn!("{}: an old segment could not be removed: {error}", self.path.display())
             }
-            (Running::Remove | Running::Sync | Running::Close, Ok(_)) => {}
+            (Running::Remove | Running::Close, Ok(_)) => {}
+            (Running::Sync, Ok(_)) => self.durable = self.flushable,
+            (Running::SyncDirectory, Err(error)) => return Err(self.failed("open the directory", error)),
             (Running::Open, Err(error)) => return Err(self.failed("create", error)),
             (Running::Write { .. }, Err(error)) => return Err(self.failed("write", error)),
             (Running::Sync, Err(error)) => return Err(self.failed("flush", error)),
@@ -393,10 +443,16 @@ impl JournalWriter {
     }
 
     /// Goes on with a write that was done in part, or keeps its buffer for the next one.
-    fn write_on(&mut self, ring: &mut Ring, mut bytes: Vec<u8>, from: usize) -> Result<(), JournalFailure> {
+    fn write_on(
+        &mut self,
+        ring: &mut Ring,
+        mut bytes: Vec<u8>,
+        from: usize,
+        through: Lsn,
+    ) -> Result<(), JournalFailure> {
         match &self.file {
             Some(file) if from < bytes.len() => {
-                self.running = Some(Running::Write { from });
+                self.running = Some(Running::Write { from, through });
                 let operation = Operation::Write(Rc::clone(file), bytes, from, self.written);
                 ring.submit(Token::Journal, operation)
                     .map_err(|error| self.failed("write", error))?;
@@ -405,6 +461,10 @@ impl JournalWriter {
                 bytes.clear();
                 if bytes.capacity() > self.spare.capacity() {
                     self.spare = bytes;
+                }
+                self.flushable = through;
+                if self.flushes && !matches!(self.steps.front(), Some(Step::Sync)) {
+                    self.steps.push_front(Step::Sync);
                 }
             }
         }

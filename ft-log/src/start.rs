@@ -64,6 +64,7 @@ pub fn run(config: Config) -> Result<Exit, StartError> {
     let local = Local::new(&config.devices).map_err(kernel("make shared memory for the VM"))?;
     let arbiter = Arbiter::new(&config.arbiter, &config.vm, &config.host())
         .map_err(kernel("read random bytes and start the arbiter's thread"))?;
+    let instance = random().map_err(kernel("read random bytes"))?;
     let ring = Uring::new().map_err(kernel(
         "set up io_uring (kernel 5.11 or newer, and not disabled by sysctl)",
     ))?;
@@ -87,6 +88,7 @@ pub fn run(config: Config) -> Result<Exit, StartError> {
             local,
             arbiter,
             shared,
+            instance,
         },
     );
     daemon.and_then(Daemon::run).map_err(kernel("go on with io_uring"))
@@ -105,6 +107,12 @@ fn start_control(config: &Config, shared: &Arc<Shared>) -> Result<Vec<SocketFile
         source: error.source,
     })?;
     Ok(guards)
+}
+
+fn random() -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
 }
 
 /// Our socket file, which goes with us.

@@ -227,7 +227,7 @@ pub fn peer(data: &[u8]) {
     let mut script = Script(data);
     let is_primary = script.byte() & 1 == 0;
     thread_local!(static CONFIGS: [Config; 2] = ["backup", "primary"].map(config));
-    let config = CONFIGS.with(|configs| configs[usize::from(is_primary)].replica());
+    let config = CONFIGS.with(|configs| configs[usize::from(is_primary)].replica(1));
     let mut replica = Replica::new(config, 0);
     let (mut now_ns, mut next, mut actions) = (0, 1, Vec::new());
     let fingerprint = [7; 32];
@@ -239,7 +239,18 @@ pub fn peer(data: &[u8]) {
     step(&mut replica, now_ns, Event::LocalReady { fingerprint });
     let mut is_up = false;
     while !script.is_empty() {
-        match script.byte() % 8 {
+        match script.byte() % 10 {
+            8 => {
+                let through = Lsn(script.number() % 1000);
+                let full = script.byte() & 1 == 1;
+                for event in [
+                    Event::Durable { through },
+                    Event::Consumed { through },
+                    Event::ReplayFull { full },
+                ] {
+                    step(&mut replica, now_ns, event);
+                }
+            }
             0 if is_up => {
                 is_up = false;
                 step(&mut replica, now_ns, Event::ChannelDown);

@@ -4,7 +4,8 @@
 //!    0 u64 magic            8 u64 next LSN (claimed by fetch_add)
 //!   64 u64 commit watermark (ft-log)       72 u32 role    76 u32 generation    80 u64 last entry to replay
 //!  128 u32 shim's wake word (futex)       132 u32 shim sleeps
-//!  192 u64 last entry the shim has applied (shim)
+//!   88 u32 throttle: thousandths of its time that the vCPU must pause (ft-log)
+//!  192 u64 last entry the shim has applied (shim)    200 u64 applied entry that ft-log wants to hear of, 0 = none
 //!  256 + 64 * device: u64 LSN at which the device wants its commit event, 0 = none
 //! ```
 //! `ft-log` alone writes role, generation and watermark.
@@ -19,7 +20,7 @@ use std::{
 use ft_protocol::{
     held::Committed,
     ids::{DeviceId, Generation, Lsn},
-    limits::DEVICES_MAX,
+    limits::{DEVICES_MAX, THROTTLE_MAX},
     replica::Role,
 };
 
@@ -33,7 +34,9 @@ const GENERATION: usize = 76;
 const REPLAY_END: usize = 80;
 const SHIM_WAKE: usize = 128;
 const SHIM_SLEEPS: usize = 132;
+const THROTTLE: usize = 88;
 const CONSUMED: usize = 192;
+const CONSUMED_WANTED: usize = 200;
 const COMMIT_WANTED: usize = 256;
 const BYTES: usize = 4096;
 
@@ -182,9 +185,33 @@ impl Region {
         self.memory.word(SHIM_SLEEPS).store(0, Ordering::SeqCst);
     }
 
-    /// The shim has applied every entry up to `lsn`.
-    pub fn set_consumed(&self, lsn: Lsn) {
+    /// The shim has applied every entry up to `lsn`. `true`: `ft-log` waits for that, ring its doorbell.
+    #[must_use]
+    pub fn set_consumed(&self, lsn: Lsn) -> bool {
         self.memory.long(CONSUMED).store(lsn.0, Ordering::Release);
+        fence(Ordering::SeqCst);
+        let wanted = self.memory.long(CONSUMED_WANTED);
+        let due = wanted.load(Ordering::Relaxed);
+        due != 0 && due <= lsn.0 && wanted.swap(0, Ordering::AcqRel) != 0
+    }
+
+    /// Has the shim ring once it has applied `lsn` (ft-log). Look at [`Region::consumed`] again afterwards: it may just have.
+    pub fn want_consumed(&self, lsn: Lsn) {
+        self.memory.long(CONSUMED_WANTED).store(lsn.0, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
+    /// The share of its time, in thousandths, that the vCPU must pause because the backup lags; at most [`THROTTLE_MAX`], which
+    /// stops it.
+    #[must_use]
+    pub fn throttle(&self) -> u32 {
+        self.memory.word(THROTTLE).load(Ordering::Relaxed).min(THROTTLE_MAX)
+    }
+
+    /// Sets the throttle (ft-log) and wakes the shim, which may be pausing.
+    pub fn set_throttle(&self, permille: u32) {
+        self.memory.word(THROTTLE).store(permille, Ordering::Relaxed);
+        self.wake_shim();
     }
 
     /// Last entry the shim has applied.
@@ -225,6 +252,25 @@ mod tests {
             );
         }
         assert_eq!((region.claim_lsn(), region.claim_lsn()), (Lsn(1), Lsn(2)));
+    }
+
+    #[test]
+    fn the_doorbell_is_rung_once_when_the_wanted_entry_is_applied() {
+        let region = Region::create().unwrap();
+        assert!(!region.set_consumed(Lsn(1)));
+        region.want_consumed(Lsn(3));
+        assert!(!region.set_consumed(Lsn(2)));
+        assert!(region.set_consumed(Lsn(4)));
+        assert!(!region.set_consumed(Lsn(5)));
+        assert_eq!(region.consumed(), Lsn(5));
+    }
+
+    #[test]
+    fn a_throttle_nobody_can_set_stops_the_vcpu_and_no_more() {
+        let region = Region::create().unwrap();
+        assert_eq!(region.throttle(), 0);
+        region.set_throttle(u32::MAX);
+        assert_eq!(region.throttle(), THROTTLE_MAX);
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! 22 u16 queue
 //! 24 body
 //! ```
-//! All numbers are little endian. Version 1. A change of this layout is a new [`VERSION`].
+//! All numbers are little endian. Version 2. A change of this layout is a new [`VERSION`].
 
 use thiserror::Error;
 
@@ -20,7 +20,10 @@ use crate::{
 };
 
 /// Version of the frame format and of everything in it.
-pub const VERSION: u32 = 1;
+///
+/// 1: first. 2: hello with instance, acknowledgement wanted and last LSN; acknowledgements with three watermarks; heartbeats with
+/// the replay's progress.
+pub const VERSION: u32 = 2;
 
 /// First kind that is a control message and not a log entry.
 pub const KIND_MESSAGE_FIRST: u8 = 128;

@@ -14,6 +14,18 @@ pub const RING_BYTES: usize = 8 * 1024 * 1024;
 pub const DEVICES_MAX: usize = 8;
 /// Bytes of a VM's name.
 pub const VM_NAME_BYTES_MAX: usize = 64;
+/// Bytes of entries that the primary keeps because the backup has not acknowledged them; at this many the guest stops.
+pub const BACKLOG_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Bytes at which one piece of the backlog takes no more entries; the largest entry may go beyond.
+pub const BACKLOG_CHUNK_BYTES: usize = 256 * 1024;
+/// Buffers of forgotten pieces that are kept to be used again.
+pub const BACKLOG_SPARES_MAX: usize = 8;
+/// Accepted connections that have not said hello yet.
+pub const CANDIDATES_MAX: usize = 4;
+/// Moments that the measure of the lag remembers.
+pub const LAG_SAMPLES_MAX: usize = 2048;
+/// The throttle that stops the primary's vCPU; 0 lets it run.
+pub const THROTTLE_MAX: u32 = 1000;
 
 const _: () = assert!(FRAME_BYTES_MAX < u32::MAX as usize);
 const _: () = assert!(
@@ -21,3 +33,7 @@ const _: () = assert!(
     "a ring that cannot hold a few of the largest frames would stop the guest for each of them"
 );
 const _: () = assert!(MESSAGE_BYTES_MAX + HEADER_BYTES <= FRAME_BYTES_MAX);
+const _: () = assert!(
+    BACKLOG_BYTES_MAX >= 4 * FRAME_BYTES_MAX && BACKLOG_BYTES_MAX >= 4 * BACKLOG_CHUNK_BYTES,
+    "a backlog that the largest frames fill would stop the guest for each of them"
+);

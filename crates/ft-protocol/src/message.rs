@@ -8,18 +8,57 @@ use crate::{
     limits::{HEADER_BYTES, MESSAGE_BYTES_MAX, VM_NAME_BYTES_MAX},
 };
 
+/// What an acknowledgement must say of an entry before the outputs it marks may leave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Strength {
+    /// The backup has it where its replay will find it.
+    #[default]
+    Received,
+    /// The backup's journal has it on stable storage.
+    Durable,
+    /// The backup's replay has applied it.
+    Replayed,
+}
+
+impl Strength {
+    const ALL: [Self; 3] = [Self::Received, Self::Durable, Self::Replayed];
+}
+
+/// How far the backup is with the log: what it has received, flushed and replayed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Watermarks {
+    /// Every entry up to here is where the replay will find it.
+    pub received: Lsn,
+    /// Every entry up to here is in the journal, flushed.
+    pub durable: Lsn,
+    /// Every entry up to here was applied.
+    pub replayed: Lsn,
+}
+
+impl Watermarks {
+    /// The one that a strength is about.
+    #[must_use]
+    pub fn of(&self, strength: Strength) -> Lsn {
+        match strength {
+            Strength::Received => self.received,
+            Strength::Durable => self.durable,
+            Strength::Replayed => self.replayed,
+        }
+    }
+}
+
 /// What one side says to the other.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Message {
-    /// First message of both sides on a new channel. The primary speaks first.
+    /// First message of both sides on a new channel. The primary speaks first. The first one makes the pair, later ones resume it.
     Hello(Hello),
     /// The other side's hello was refused; the channel closes.
     Refuse {
         /// For the other side's operator.
         reason: String,
     },
-    /// Backup to primary: every entry up to this LSN is received (header LSN).
-    Ack(Lsn),
+    /// Backup to primary: how far it is. The header's LSN is what it has received.
+    Ack(Watermarks),
     /// The sender's replica ended: take over, or go on alone.
     Gone {
         /// For the operator.
@@ -33,11 +72,15 @@ pub enum Message {
         lsn: Lsn,
         /// Grows by one with each datagram.
         sequence: u64,
+        /// The last entry that the sender's guest applied or wrote.
+        replayed: Lsn,
+        /// The sender takes no more entries from the channel until its replay has made room.
+        full: bool,
     },
 }
 
-/// Who a side is, and what it would run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Who a side is, what it would run, and where it stands.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Hello {
     /// Frame format version of the sender.
     pub version: u32,
@@ -47,6 +90,12 @@ pub struct Hello {
     pub primary: bool,
     /// Digest of everything both sides must start from.
     pub fingerprint: [u8; 32],
+    /// Drawn at random at every start: a daemon that was started anew is another one, and has not what the former one had.
+    pub instance: u64,
+    /// What the primary waits for; a backup repeats it.
+    pub ack: Strength,
+    /// The sender's last entry (header LSN).
+    pub last: Lsn,
 }
 
 const KIND_HELLO: u8 = 128;
@@ -80,12 +129,12 @@ impl Message {
         let (kind, lsn, length) = match self {
             Self::Hello(hello) => {
                 assert!(hello.vm.len() <= VM_NAME_BYTES_MAX);
-                (KIND_HELLO, Lsn::ZERO, 37 + hello.vm.len())
+                (KIND_HELLO, hello.last, 46 + hello.vm.len())
             }
             Self::Refuse { reason } => (KIND_REFUSE, Lsn::ZERO, truncated(reason).len()),
-            Self::Ack(lsn) => (KIND_ACK, *lsn, 0),
+            Self::Ack(watermarks) => (KIND_ACK, watermarks.received, 16),
             Self::Gone { reason } => (KIND_GONE, Lsn::ZERO, truncated(reason).len()),
-            Self::Heartbeat { lsn, .. } => (KIND_HEARTBEAT, *lsn, 16),
+            Self::Heartbeat { lsn, .. } => (KIND_HEARTBEAT, *lsn, 25),
         };
         let header = Header {
             lsn,
@@ -103,13 +152,26 @@ impl Message {
                     body.u32(hello.version);
                     body.u8(u8::from(hello.primary));
                     body.bytes(&hello.fingerprint);
+                    body.u64(hello.instance);
+                    body.u8(hello.ack as u8);
                     body.bytes(hello.vm.as_bytes());
                 }
                 Self::Refuse { reason } | Self::Gone { reason } => body.bytes(truncated(reason).as_bytes()),
-                Self::Ack(_) => {}
-                Self::Heartbeat { vm, sequence, .. } => {
+                Self::Ack(watermarks) => {
+                    body.u64(watermarks.durable.0);
+                    body.u64(watermarks.replayed.0);
+                }
+                Self::Heartbeat {
+                    vm,
+                    sequence,
+                    replayed,
+                    full,
+                    ..
+                } => {
                     body.u64(*vm);
                     body.u64(*sequence);
+                    body.u64(replayed.0);
+                    body.u8(u8::from(*full));
                 }
             }
         });
@@ -134,6 +196,14 @@ impl Message {
                 else {
                     return Err(malformed);
                 };
+                if version != VERSION {
+                    // What follows is another release's affair; the answer names the versions.
+                    return Ok((header.generation, Self::Hello(Hello::of_version(version, primary == 1))));
+                }
+                let (Some(instance), Some(ack)) = (reader.u64(), reader.u8()) else {
+                    return Err(malformed);
+                };
+                let ack = *Strength::ALL.get(usize::from(ack)).ok_or(malformed)?;
                 let vm = text(reader.rest())?;
                 if vm.len() > VM_NAME_BYTES_MAX || primary > 1 {
                     return Err(malformed);
@@ -143,18 +213,38 @@ impl Message {
                     vm,
                     primary: primary == 1,
                     fingerprint,
+                    instance,
+                    ack,
+                    last: lsn,
                 })
             }
             KIND_REFUSE => Self::Refuse { reason: text(body)? },
             KIND_GONE => Self::Gone { reason: text(body)? },
-            KIND_ACK if body.is_empty() => Self::Ack(lsn),
-            KIND_HEARTBEAT => {
-                let (Some(vm), Some(sequence), true) = (reader.u64(), reader.u64(), reader.is_empty()) else {
+            KIND_ACK => {
+                let (Some(durable), Some(replayed), true) = (reader.u64(), reader.u64(), reader.is_empty()) else {
                     return Err(malformed);
                 };
-                Self::Heartbeat { vm, lsn, sequence }
+                Self::Ack(Watermarks {
+                    received: lsn,
+                    durable: Lsn(durable),
+                    replayed: Lsn(replayed),
+                })
             }
-            KIND_ACK => return Err(malformed),
+            KIND_HEARTBEAT => {
+                let (Some(vm), Some(sequence), Some(replayed)) = (reader.u64(), reader.u64(), reader.u64()) else {
+                    return Err(malformed);
+                };
+                let (Some(full @ 0..=1), true) = (reader.u8(), reader.is_empty()) else {
+                    return Err(malformed);
+                };
+                Self::Heartbeat {
+                    vm,
+                    lsn,
+                    sequence,
+                    replayed: Lsn(replayed),
+                    full: full == 1,
+                }
+            }
             _ => return Err(FrameError::Kind { kind, lsn }),
         };
         Ok((header.generation, message))
@@ -162,6 +252,19 @@ impl Message {
 }
 
 impl Hello {
+    /// A hello of which no more is understood than its version.
+    fn of_version(version: u32, primary: bool) -> Self {
+        Self {
+            version,
+            vm: String::new(),
+            primary,
+            fingerprint: [0; 32],
+            instance: 0,
+            ack: Strength::default(),
+            last: Lsn::ZERO,
+        }
+    }
+
     /// Why `self` (what this side is) cannot be paired with `other`; `None` if it can.
     #[must_use]
     pub fn mismatch(&self, other: &Self) -> Option<String> {
@@ -205,6 +308,9 @@ mod tests {
             vm: "ledger".into(),
             primary: true,
             fingerprint: [7; 32],
+            instance: 11,
+            ack: Strength::Durable,
+            last: Lsn(12),
         }
     }
 
@@ -213,7 +319,11 @@ mod tests {
         for message in [
             Message::Hello(hello()),
             Message::Refuse { reason: "no".into() },
-            Message::Ack(Lsn(99)),
+            Message::Ack(Watermarks {
+                received: Lsn(99),
+                durable: Lsn(98),
+                replayed: Lsn(97),
+            }),
             Message::Gone {
                 reason: "vhost-ft-blk ended".into(),
             },
@@ -221,12 +331,25 @@ mod tests {
                 vm: vm_hash("ledger"),
                 lsn: Lsn(4),
                 sequence: 5,
+                replayed: Lsn(3),
+                full: true,
             },
         ] {
             let mut bytes = Vec::new();
             message.encode(Generation(3), &mut bytes);
             assert_eq!(Message::decode(&bytes).unwrap(), (Generation(3), message));
         }
+    }
+
+    #[test]
+    fn a_hello_of_another_release_still_says_its_version() {
+        let mut bytes = Vec::new();
+        let other = Hello { version: 1, ..hello() };
+        Message::Hello(other).encode(Generation(3), &mut bytes);
+        let Ok((_, Message::Hello(read))) = Message::decode(&bytes) else {
+            panic!("not read");
+        };
+        assert!(hello().mismatch(&read).unwrap().contains("version 1 there"));
     }
 
     #[test]

@@ -1,15 +1,13 @@
-//! The model of ft-log's logging channel: encoding, reassembly, flow control, closing, and connecting again.
-//!
-//! A setting with `resume` has daemons that connect a broken channel again within the generation: the primary sends again
-//! what was not acknowledged, the backup drops what it has already. Without it a break is the end of the pair.
+//! The model of ft-log's logging channel: encoding, reassembly, flow control, connecting and closing. Breaks, hellos and what is
+//! sent again are the core's ([`ft_protocol::replica`], [`ft_protocol::backlog`]).
 
-use ft_protocol::{Event, Header, Lsn, Role, entry::KIND_POWER_OFF, frame, message::Message};
+use ft_protocol::{Event, Header, Lsn, Place, Role, Strength, entry::KIND_POWER_OFF, frame, message::Message};
 use rand::Rng;
 
 use crate::{
     crash_points::{Deed, Point},
     guest::mix,
-    host::{Host, HostId},
+    host::HostId,
     mutants::Mutant,
     network::{ConnectionId, Packet},
     queue::Task,
@@ -36,20 +34,17 @@ impl World {
         }
         self.judge.spoke(id, "a message");
         self.note(Some(id), || match message {
-            Message::Ack(lsn) => format!("acknowledges {lsn}"),
+            Message::Ack(said) => format!(
+                "acknowledges {} (flushed {}, replayed {})",
+                said.received, said.durable, said.replayed
+            ),
             Message::Hello(_) => "sends hello".into(),
             other => format!("sends {other:?}"),
         });
         let host = self.host(id);
         let generation = host.replica.generation();
-        let connection = host.connection;
-        let greets = host.is_primary() && matches!(message, Message::Hello(_));
-        if let Some(connection) = connection {
+        if host.connection.is_some() {
             message.encode(generation, &mut host.tx);
-            if greets {
-                let suspect_ns = self.setting().suspect_ns();
-                self.later(id, suspect_ns, Task::HelloTimeout { connection });
-            }
         }
         self.flush(id);
         self.passes(id, Point { deed, after: true });
@@ -64,59 +59,71 @@ impl World {
             return;
         }
         self.judge.spoke(id, "entries");
+        self.note(Some(id), || format!("sends entries through {through}"));
         let host = self.host(id);
-        let sent = host.sent;
-        if host.connection.is_some() {
-            let Host { log, tx, sent, .. } = host;
-            // The entries to send are the last ones of the log.
-            let first = log.partition_point(|(lsn, _)| *lsn <= *sent);
-            for (lsn, frame) in log.range(first..).take_while(|(lsn, _)| *lsn <= through) {
-                tx.extend_from_slice(frame);
-                *sent = *lsn;
-            }
+        host.sends_entries = true;
+        host.sent = host.sent.max(through);
+        // ft-log takes what there is in batches.
+        if self.rng.random_bool(0.5) {
+            self.flush(id);
+        } else {
+            let delay_ns = self.rng.random_range(0..=self.setting().idle_ns);
+            self.later(id, delay_ns, Task::Flush);
         }
-        let now = self.host(id).sent;
-        if now > sent {
-            self.note(Some(id), || format!("sends entries {}..={now}", sent.next()));
-        }
-        self.flush(id);
         if self.is_mutant(Mutant::ReleaseEarly) {
             self.wake_devices(id);
         }
         self.passes(id, point(true));
     }
 
-    /// Gives the channel what it takes.
+    pub(crate) fn rewind(&mut self, id: HostId, after: Lsn) {
+        self.note(Some(id), || {
+            format!("has the channel back, the peer is at entry {after}")
+        });
+        if !self.is_mutant(Mutant::NoResend) {
+            self.host(id).backlog.rewind(after);
+        }
+    }
+
+    /// Gives the channel what it takes: a piece of the backlog after the other, each when the one before is gone.
     pub(crate) fn flush(&mut self, id: HostId) {
-        let window_bytes = self.setting().window_bytes;
-        let room = self.network.room(id, window_bytes);
-        let host = self.host(id);
-        let Some(connection) = host.connection else {
-            host.tx.clear();
-            return;
-        };
-        let bytes = room.min(host.tx.len());
-        if !host.is_running() || host.paused > 0 || bytes == 0 {
-            return;
-        }
         let was_full = self.is_log_full(id);
-        let mut piece: Vec<u8> = self.host(id).tx.drain(..bytes).collect();
-        // TCP keeps no boundaries.
-        if piece.len() > 1 && self.rng.random_range(0..4) == 0 {
-            let at = self.rng.random_range(1..piece.len());
-            let rest = piece.split_off(at);
+        loop {
+            let window_bytes = self.setting().window_bytes;
+            let room = self.network.room(id, window_bytes);
+            let host = self.host(id);
+            let Some(connection) = host.connection else {
+                host.tx.clear();
+                return;
+            };
+            if host.tx.is_empty()
+                && host.sends_entries
+                && let Some(bytes) = host.backlog.take()
+            {
+                host.tx.extend_from_slice(&bytes);
+                host.backlog.give_back(bytes);
+            }
+            let bytes = room.min(host.tx.len());
+            if !host.is_running() || host.paused > 0 || bytes == 0 {
+                break;
+            }
+            let mut piece: Vec<u8> = self.host(id).tx.drain(..bytes).collect();
+            // TCP keeps no boundaries.
+            if piece.len() > 1 && self.rng.random_range(0..4) == 0 {
+                let at = self.rng.random_range(1..piece.len());
+                let rest = piece.split_off(at);
+                self.with_way(|network, way| network.send(id, connection, Packet::Bytes(piece), way));
+                piece = rest;
+            }
             self.with_way(|network, way| network.send(id, connection, Packet::Bytes(piece), way));
-            piece = rest;
         }
-        self.with_way(|network, way| network.send(id, connection, Packet::Bytes(piece), way));
         if was_full && !self.is_log_full(id) {
             self.wake_guest(id, 0);
         }
     }
 
     pub(crate) fn is_log_full(&mut self, id: HostId) -> bool {
-        let log_bytes_max = self.setting().log_bytes_max;
-        self.host(id).tx.len() > log_bytes_max
+        self.host(id).backlog.is_full()
     }
 
     // ---- receiving ---------------------------------------------------------------------------------------------------
@@ -127,6 +134,15 @@ impl World {
         }
         match packet {
             Packet::Open => self.accept(id, connection),
+            packet
+                if self
+                    .host(id)
+                    .candidate
+                    .as_ref()
+                    .is_some_and(|(of, _)| *of == connection) =>
+            {
+                self.candidate_packet(id, connection, &packet);
+            }
             _ if self.host(id).connection != Some(connection) => {}
             Packet::Bytes(bytes) => {
                 self.host(id).rx.extend_from_slice(&bytes);
@@ -136,7 +152,7 @@ impl World {
                 self.host(id).close_pending = true;
                 self.read_channel(id);
             }
-            Packet::Reset => self.closed(id, connection, true),
+            Packet::Reset => self.closed(id, connection),
         }
     }
 
@@ -154,7 +170,10 @@ impl World {
             };
             let (header, _) = frame::read(&host.rx[..length]).expect("the network does not change bytes");
             let is_entry = header.is_entry();
-            if is_entry && host.replay.len() >= replay_entries_max && host.is_replaying() {
+            let full = is_entry && host.replay.len() >= replay_entries_max && host.is_replaying();
+            self.tell_full(id, full);
+            let host = self.host(id);
+            if full || host.connection.is_none() {
                 return;
             }
             if is_entry {
@@ -167,9 +186,16 @@ impl World {
                 self.drive(id, Event::Message { generation, message });
             }
         }
+        self.tell_full(id, false);
         let host = self.host(id);
         if let Some(connection) = host.connection.filter(|_| host.close_pending) {
-            self.closed(id, connection, false);
+            self.closed(id, connection);
+        }
+    }
+
+    fn tell_full(&mut self, id: HostId, full: bool) {
+        if std::mem::replace(&mut self.host(id).replay_full, full) != full {
+            self.drive(id, Event::ReplayFull { full });
         }
     }
 
@@ -185,8 +211,7 @@ impl World {
     /// Reads the dense run of entries that starts the buffer, stores it, then tells the core.
     fn read_entries(&mut self, id: HostId, first: &Header, replay_entries_max: usize) {
         let host = self.host(id);
-        let stores = host.role == Role::Replaying || (host.role == Role::Arbitrating && !host.is_primary());
-        let (last, generation) = (host.replica.last(), host.replica.generation());
+        let last = host.replica.last();
         let connection = host.connection.expect("checked by the caller");
         let mut room = replay_entries_max.saturating_sub(host.replay.len()).max(1);
         let (mut read, mut run, mut power_off) = (0, Vec::new(), None);
@@ -220,14 +245,15 @@ impl World {
             // Takes the stream for what follows, whatever the entries say.
             (from, through) = (last.next(), Lsn(last.0 + run.len() as u64));
         } else {
-            let known = (last.0 + 1).saturating_sub(from.0).min(run.len() as u64);
-            run.drain(..known as usize);
-            from = Lsn(from.0 + known);
+            while !run.is_empty() && self.host(id).replica.place(heard, from, last) == Place::Known {
+                run.remove(0);
+                from = from.next();
+            }
             if run.is_empty() {
                 return;
             }
         }
-        if stores && heard == generation && from == last.next() {
+        if self.host(id).replica.place(heard, from, last) == Place::Next {
             for frame in run {
                 if self.is_mutant(Mutant::AckEarly) {
                     let delay_ns = self.setting().heartbeat_interval_ns / 2;
@@ -246,6 +272,13 @@ impl World {
                 through,
             },
         );
+        match self.setting().ack {
+            Strength::Durable if self.is_mutant(Mutant::AckBeforeFlush) => self.drive(id, Event::Durable { through }),
+            Strength::Replayed if self.is_mutant(Mutant::AckBeforeReplay) => {
+                self.drive(id, Event::Consumed { through });
+            }
+            _ => self.start_flush(id),
+        }
         if let Some(lsn) = power_off.filter(|_| !self.is_mutant(Mutant::HidePowerOff)) {
             self.drive(id, Event::PowerOffEntry { lsn });
         }
@@ -262,10 +295,34 @@ impl World {
         }
         let is_power_off = frame::read(&frame).is_ok_and(|(header, _)| header.kind == KIND_POWER_OFF);
         self.judge.stored(id, digest(&frame), is_power_off);
-        self.host(id).replay.push_back(frame);
+        let host = self.host(id);
+        host.replay.push_back(frame);
+        host.stored += 1;
         let replay_ns = self.setting().replay_ns;
         self.wake_guest(id, replay_ns);
         !self.passes(id, point(true))
+    }
+
+    // ---- the backup's journal ----------------------------------------------------------------------------------------
+
+    /// Flushes what is stored, one flush at a time.
+    fn start_flush(&mut self, id: HostId) {
+        let (ack, flush_ns) = (self.setting().ack, self.setting().flush_ns);
+        let host = self.host(id);
+        let durable = host.replica.progress().durable.0;
+        if ack == Strength::Durable && host.flushing.is_none() && host.stored > durable {
+            let entries = host.stored;
+            host.flushing = Some(entries);
+            self.later(id, flush_ns, Task::Flushed { entries });
+        }
+    }
+
+    pub(crate) fn flushed(&mut self, id: HostId, entries: u64) {
+        if self.host(id).flushing.take() == Some(entries) {
+            self.judge.flushed(id, entries as usize);
+            self.drive(id, Event::Durable { through: Lsn(entries) });
+            self.start_flush(id);
+        }
     }
 
     // ---- connecting and closing --------------------------------------------------------------------------------------
@@ -282,7 +339,7 @@ impl World {
         let listening = self.host(id.other()).is_running();
         let host = self.host(id);
         host.connecting = false;
-        if host.connection.is_some() || !(host.role == Role::Pairing || host.resuming) {
+        if host.connection.is_some() || !host.wants_channel() {
             return;
         }
         let connection = if listening {
@@ -295,58 +352,59 @@ impl World {
             self.plan_connect(id, delay_ns);
             return;
         };
-        self.host(id).connection = Some(connection);
-        if self.host(id).resuming {
-            self.resume(id);
+        let host = self.host(id);
+        host.connection = Some(connection);
+        host.sends_entries = false;
+        self.drive(id, Event::ChannelUp);
+    }
+
+    /// The backup's listening socket has a connection. The old one stays until this one has said hello.
+    fn accept(&mut self, id: HostId, connection: ConnectionId) {
+        let host = self.host(id);
+        if host.wants_channel() {
+            host.candidate = Some((connection, Vec::new()));
         } else {
-            self.drive(id, Event::ChannelUp);
+            self.with_way(|network, way| network.send(id, connection, Packet::Reset, way));
         }
     }
 
-    /// The backup's listening socket has a connection.
-    fn accept(&mut self, id: HostId, connection: ConnectionId) {
-        let resume = self.setting().resume;
+    fn candidate_packet(&mut self, id: HostId, connection: ConnectionId, packet: &Packet) {
+        let Some((_, mut received)) = self.host(id).candidate.take() else {
+            return;
+        };
+        let Packet::Bytes(bytes) = packet else { return };
+        received.extend_from_slice(bytes);
+        let length = match frame::peek_length(&received).expect("the network does not change bytes") {
+            Some(length) if length <= received.len() => length,
+            _ => {
+                self.host(id).candidate = Some((connection, received));
+                return;
+            }
+        };
+        let (generation, message) = Message::decode(&received[..length]).expect("the network does not change bytes");
+        let Message::Hello(hello) = message else {
+            panic!("a primary's first message is its hello, and this is {message:?}")
+        };
+        let generation = self.heard(id, generation);
         let host = self.host(id);
-        let pairs = host.role == Role::Pairing;
-        let resumes = resume && matches!(host.role, Role::Replaying | Role::Arbitrating);
-        if !pairs && !resumes {
-            self.with_way(|network, way| network.send(id, connection, Packet::Reset, way));
+        if let Some(reason) = host.replica.refusal(generation, &hello) {
+            self.note(Some(id), || format!("refuses: {reason}"));
+            let mut bytes = Vec::new();
+            Message::Refuse { reason }.encode(generation, &mut bytes);
+            self.with_way(|network, way| network.send(id, connection, Packet::Bytes(bytes), way));
+            self.with_way(|network, way| network.send(id, connection, Packet::Close, way));
             return;
         }
-        // A connection that comes anew says that the old one is gone.
-        let former = host.connection.replace(connection);
+        host.connection = Some(connection);
+        host.rx = received;
         host.tx.clear();
-        host.rx.clear();
         host.close_pending = false;
-        if resumes {
-            self.resume(id);
-        } else {
-            if former.is_some() {
-                self.drive(id, Event::ChannelDown);
-            }
-            self.drive(id, Event::ChannelUp);
-        }
-    }
-
-    /// The channel is back within the generation.
-    fn resume(&mut self, id: HostId) {
-        self.note(Some(id), || "has the channel back".into());
-        let host = self.host(id);
-        host.resuming = false;
-        let (primary, acknowledged, last) = (host.is_primary(), host.replica.acknowledged(), host.replica.last());
-        if primary {
-            host.sent = acknowledged;
-            self.send_entries(id, last);
-        } else if last > Lsn::ZERO {
-            self.send_message(id, &Message::Ack(acknowledged));
-        }
+        self.drive(id, Event::ChannelUp);
+        self.read_channel(id);
     }
 
     /// The core closes the channel.
     pub(crate) fn close_channel(&mut self, id: HostId) {
-        let Some(connection) = self.host(id).connection else {
-            return;
-        };
         // What waits in the daemon goes with the close, as far as the channel takes it.
         self.flush(id);
         let packet = if self.rng.random_bool(0.8) {
@@ -354,21 +412,25 @@ impl World {
         } else {
             Packet::Reset
         };
-        self.with_way(|network, way| network.send(id, connection, packet, way));
-        self.later(
-            id,
-            0,
-            Task::Closed {
-                connection,
-                broke: false,
-            },
-        );
+        self.end_connection(id, packet);
+    }
+
+    /// The core gives the channel up for a new one.
+    pub(crate) fn break_channel(&mut self, id: HostId) {
+        self.note(Some(id), || "breaks the channel".into());
+        self.end_connection(id, Packet::Reset);
+    }
+
+    fn end_connection(&mut self, id: HostId, packet: Packet) {
+        if let Some(connection) = self.host(id).connection {
+            self.with_way(|network, way| network.send(id, connection, packet, way));
+            self.later(id, 0, Task::Closed { connection });
+        }
     }
 
     /// The local end is closed or broken.
-    pub(crate) fn closed(&mut self, id: HostId, connection: ConnectionId, broke: bool) {
-        let resume = self.setting().resume;
-        let suspect_ns = self.setting().suspect_ns();
+    pub(crate) fn closed(&mut self, id: HostId, connection: ConnectionId) {
+        let retry_ns = self.setting().heartbeat_interval_ns / 2;
         let host = self.host(id);
         if host.connection != Some(connection) {
             return;
@@ -377,35 +439,14 @@ impl World {
         host.tx.clear();
         host.rx.clear();
         host.close_pending = false;
-        self.note(Some(id), || {
-            if broke {
-                "the channel broke"
-            } else {
-                "the channel closed"
-            }
-            .into()
-        });
+        self.note(Some(id), || "the channel is gone".into());
+        self.drive(id, Event::ChannelDown);
+        self.tell_full(id, false);
         let host = self.host(id);
-        let pair = matches!(host.role, Role::Recording | Role::Replaying | Role::Arbitrating);
-        if resume && broke && pair {
-            host.resuming = true;
-            self.later(id, suspect_ns / 3, Task::GiveUpResuming);
-            self.plan_connect(id, 0);
-        } else {
-            self.drive(id, Event::ChannelDown);
-            if self.host(id).role == Role::Pairing {
-                let delay_ns = self.setting().heartbeat_interval_ns / 2;
-                self.plan_connect(id, delay_ns);
-            }
+        if host.wants_channel() {
+            let delay_ns = if host.role == Role::Pairing { retry_ns } else { 0 };
+            self.plan_connect(id, delay_ns);
         }
         self.wake_guest(id, 0);
-    }
-
-    pub(crate) fn give_up_resuming(&mut self, id: HostId) {
-        let host = self.host(id);
-        if host.resuming && host.connection.is_none() {
-            host.resuming = false;
-            self.drive(id, Event::ChannelDown);
-        }
     }
 }

@@ -11,6 +11,10 @@ const B: Incarnation = Incarnation {
     number: 1,
 };
 
+fn judge(calm: bool) -> Judge {
+    Judge::new(calm, false, &crate::Plan::script(Vec::new(), false).setting)
+}
+
 fn output(index: u32, history: u64) -> Output {
     let answer = answer(1, index + 1, 7);
     Output { index, history, answer }
@@ -49,7 +53,7 @@ fn broken(judge: &Judge) -> Option<Invariant> {
 
 /// A recording pair that has stored one entry.
 fn pair() -> Judge {
-    let mut judge = Judge::new(false);
+    let mut judge = judge(false);
     judge.claimed(Generation(1), A, true);
     judge.published(B, Role::Replaying, Generation(1));
     judge.published(A, Role::Recording, Generation(1));

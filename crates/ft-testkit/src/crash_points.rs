@@ -135,11 +135,27 @@ pub fn scripts() -> Vec<(&'static str, Plan)> {
         host: HostId::A,
         silent: false,
     };
+    let slow = Fault::SlowShim {
+        host: HostId::B,
+        for_ns: 100_000_000,
+    };
     vec![
         ("quiet", Plan::script(Vec::new(), false)),
         ("power-off", Plan::script(Vec::new(), true)),
         ("partition", Plan::script(vec![at(12, partition)], false)),
-        ("primary killed", Plan::script(vec![at(12, kill)], false)),
+        ("primary killed", Plan::script(vec![at(12, kill.clone())], false)),
+        // Without its shim the backup has a tail to replay when it wins.
+        (
+            "primary killed, slow backup",
+            Plan::script(vec![at(8, slow), at(12, kill)], false),
+        ),
+        (
+            "channel broken",
+            Plan::script(
+                vec![at(9, Fault::Reset), at(10, Fault::Reset), at(14, Fault::Wedge)],
+                false,
+            ),
+        ),
     ]
 }
 

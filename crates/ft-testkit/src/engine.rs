@@ -1,6 +1,6 @@
 //! The model of the vCPU shim and the devices: it records or replays the guest, and holds the outputs.
 
-use ft_protocol::{Body, Committed, DeviceId, Event, Held, Lsn, Role, entry::Entry};
+use ft_protocol::{Body, Committed, DeviceId, Event, Held, Lsn, Role, entry::Entry, limits::THROTTLE_MAX};
 use rand::Rng;
 
 use crate::{
@@ -18,6 +18,11 @@ use crate::{
 const NET: DeviceId = DeviceId(0);
 /// Frames a network card keeps while nobody reads it.
 const NIC_FRAMES_MAX: usize = 8;
+
+/// Whether the vCPU wrote this entry; inputs are the devices'.
+fn host_executes(body: &Body<'_>) -> bool {
+    !matches!(body, Body::Input { .. } | Body::Boot { .. })
+}
 
 impl World {
     /// Has the vCPU come to a stop point in `delay_ns`, if it does not sooner.
@@ -47,7 +52,12 @@ impl World {
 
     fn record(&mut self, id: HostId) {
         if self.is_log_full(id) {
-            // Goes on when the channel has taken some of it.
+            // Goes on when the backup has acknowledged some of it.
+            return;
+        }
+        if self.host(id).throttle >= THROTTLE_MAX {
+            // Goes on when the backup has caught up a little.
+            self.log_frames(id);
             return;
         }
         let choice = self.rng.random_range(0..4);
@@ -87,7 +97,9 @@ impl World {
         let host = self.host(id);
         if host.is_running() && host.is_executing() {
             let busy = host.guest.has_ready() || host.guest.has_waiting() || host.guest.wants_power_off();
-            self.wake_guest(id, if busy { stop_ns } else { idle_ns });
+            let run_ns = if busy { stop_ns } else { idle_ns };
+            let (paused, runs) = (u64::from(host.throttle), u64::from(THROTTLE_MAX - host.throttle).max(1));
+            self.wake_guest(id, run_ns + stop_ns * paused / runs);
         }
     }
 
@@ -147,10 +159,14 @@ impl World {
             .expect("a recording guest applies what it writes");
         let is_power_off = matches!(body, Body::PowerOff { .. });
         self.judge.wrote(id, lsn, digest(&frame), is_power_off);
+        if host_executes(body) {
+            self.judge.executed(id);
+        }
         self.note(Some(id), || format!("writes entry {lsn}, {}", body.name()));
         let host = self.host(id);
         if host.role != Role::Live {
-            host.log.push_back((lsn, frame));
+            host.backlog.tail().extend_from_slice(&frame);
+            host.backlog.seal(lsn);
         }
         self.hold(id, lsn, outputs);
         self.drive(id, Event::Appended { through: lsn });
@@ -189,6 +205,7 @@ impl World {
                 }
             }
         }
+        self.judge.replayed(id, lsn);
         self.drive(id, Event::Consumed { through: lsn });
         if !self.host(id).is_running() || self.passes(id, point(true)) {
             return;

@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use ft_protocol::Strength;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -42,12 +43,20 @@ pub struct Setting {
     pub replay_entries_max: usize,
     /// Bytes under way on the channel in one direction.
     pub window_bytes: usize,
-    /// Bytes that may wait for the channel; more stop the primary's guest.
+    /// Bytes of entries that may be without an acknowledgement; more stop the primary's guest.
     pub log_bytes_max: usize,
     /// Outputs of the replay that a backup keeps for its go-live; older ones are forgotten, as a lossy network would.
     pub held_replayed_max: usize,
-    /// The daemons connect a broken channel again within the generation, and send again what was not acknowledged.
-    pub resume: bool,
+    /// How long the channel may be away or stand still.
+    pub channel_timeout_ns: u64,
+    /// What outputs wait for.
+    pub ack: Strength,
+    /// A flush of the backup's journal.
+    pub flush_ns: u64,
+    /// Lag from which on the primary is slowed.
+    pub lag_target_ns: u64,
+    /// Lag at which it stands still.
+    pub lag_limit_ns: u64,
     /// Clients.
     pub clients: u8,
     /// Requests of each client.
@@ -94,6 +103,8 @@ pub enum Fault {
     },
     /// The channel breaks; what was under way is lost.
     Reset,
+    /// Nothing arrives on the channel's connection any more, and no end is told; another connection would do.
+    Wedge,
     /// A host is gone at once.
     Crash {
         /// Which.
@@ -156,12 +167,14 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// Whether the two hosts go on hearing each other through it.
+    /// Whether a pair goes on through it: the two hosts hear each other, and the channel can be connected again.
     #[must_use]
     pub fn is_harmless(&self) -> bool {
         matches!(
             self,
             Self::SlowShim { .. }
+                | Self::Reset
+                | Self::Wedge
                 | Self::ArbiterUnreachable { .. }
                 | Self::ArbiterSlow { .. }
                 | Self::ArbiterAnswersLost { .. }
@@ -182,7 +195,7 @@ impl Fault {
             | Self::ArbiterSlow { for_ns, .. }
             | Self::ArbiterAnswersLost { for_ns }
             | Self::ClientLoss { for_ns, .. } => Some(for_ns),
-            Self::Reset | Self::Crash { .. } | Self::Restart { .. } | Self::LocalFailure { .. } => None,
+            Self::Reset | Self::Wedge | Self::Crash { .. } | Self::Restart { .. } | Self::LocalFailure { .. } => None,
         }
     }
 }
@@ -205,6 +218,7 @@ impl fmt::Display for Fault {
             Self::Partition { from, .. } => write!(f, "partition: nothing gets through from {}", both(from)),
             Self::Stall { from, .. } => write!(f, "the channel from {from:?} stands still"),
             Self::Reset => f.write_str("the channel breaks"),
+            Self::Wedge => f.write_str("nothing arrives on this connection any more"),
             Self::Crash { host, silent: true } => write!(f, "power cut of {host:?}"),
             Self::Crash { host, silent: false } => write!(f, "kill of {host:?}"),
             Self::Restart { host } => write!(f, "{host:?} starts anew, if it is down"),
@@ -295,7 +309,11 @@ impl Plan {
             window_bytes: 4096,
             log_bytes_max: 2048,
             held_replayed_max: 4,
-            resume: false,
+            channel_timeout_ns: 120 * MS,
+            ack: Strength::Received,
+            flush_ns: MS,
+            lag_target_ns: 100 * MS,
+            lag_limit_ns: 1000 * MS,
             clients: 1,
             requests: 5,
             client_ns: 5 * MS,
@@ -306,6 +324,20 @@ impl Plan {
             setting,
             faults,
         }
+    }
+
+    /// Whether nobody has a reason to suspect anybody. A channel that breaks again and again may stand still for too long.
+    #[must_use]
+    pub fn is_calm(&self) -> bool {
+        let wedges = self.faults.iter().filter(|event| event.fault == Fault::Wedge).count();
+        wedges <= 1 && self.breaks() <= 3 && self.faults.iter().all(|event| event.fault.is_harmless())
+    }
+
+    /// How often the channel breaks.
+    #[must_use]
+    pub fn breaks(&self) -> usize {
+        let breaks = |event: &&FaultEvent| matches!(event.fault, Fault::Reset | Fault::Wedge);
+        self.faults.iter().filter(breaks).count()
     }
 
     /// When the last fault is over.
@@ -323,7 +355,8 @@ impl Plan {
     pub fn end_ns(&self) -> u64 {
         let work_ns = 2 * self.setting.client_ns * u64::from(self.setting.requests + 2);
         // After the last fault: suspicion (twice, skewed), the arbiter's timeouts, the replay of a full queue, the clients.
-        self.quiet_ns() + 8 * self.setting.suspect_ns() + 20 * MS + work_ns
+        let channel_ns = 3 * self.setting.channel_timeout_ns;
+        self.quiet_ns() + 8 * self.setting.suspect_ns() + channel_ns + 20 * MS + work_ns
     }
 }
 
@@ -334,6 +367,7 @@ fn draw_setting(rng: &mut ChaCha8Rng) -> Setting {
     let latency_ns = rng.random_range(20 * US..2 * MS);
     let requests = rng.random_range(6..=14);
     let idle_ns = rng.random_range(unit_ns / 32..unit_ns / 8);
+    let lag_target_ns = unit_ns / 2 * rng.random_range(1..=4);
     let clock = |rng: &mut ChaCha8Rng| Clock {
         offset_ns: rng.random_range(0..1000 * MS),
         rate: rng.random_range(920..=1130),
@@ -352,9 +386,14 @@ fn draw_setting(rng: &mut ChaCha8Rng) -> Setting {
         replay_entries_max: rng.random_range(1..=48),
         // Enough for the heartbeat of an idle guest and some more; less would be an unprotected VM's network.
         window_bytes: rng.random_range(100..4096) + (80 * 20 * latency_ns / idle_ns) as usize,
-        log_bytes_max: rng.random_range(100..4096),
+        // What is not acknowledged counts: less than a few round trips of it is no protected VM.
+        log_bytes_max: rng.random_range(1000..8192) + (150 * 20 * latency_ns / idle_ns) as usize,
         held_replayed_max: rng.random_range(0..=8),
-        resume: rng.random_bool(0.5),
+        channel_timeout_ns: unit_ns * rng.random_range(2..=5),
+        ack: [Strength::Received, Strength::Durable, Strength::Replayed][rng.random_range(0..4usize).saturating_sub(1)],
+        flush_ns: rng.random_range(50 * US..2 * MS),
+        lag_target_ns,
+        lag_limit_ns: lag_target_ns + unit_ns * rng.random_range(1..=4),
         clients: rng.random_range(1..=CLIENTS_MAX as u8),
         requests,
         client_ns: 9 * unit_ns / u64::from(requests),
@@ -374,6 +413,20 @@ fn draw_some(rng: &mut ChaCha8Rng) -> [bool; 2] {
 fn draw_story(rng: &mut ChaCha8Rng, unit_ns: u64, faults: &mut Vec<FaultEvent>) {
     let at_ns = rng.random_range(0..8 * unit_ns);
     match rng.random_range(0..8) {
+        2 => {
+            // The channel breaks again and again: what is sent again is cut again.
+            for step in 0..FAULTS_MAX as u64 {
+                let at_ns = at_ns + step * rng.random_range(0..unit_ns / 4);
+                faults.push(FaultEvent {
+                    at_ns,
+                    fault: Fault::Reset,
+                });
+            }
+        }
+        3 => faults.push(FaultEvent {
+            at_ns,
+            fault: Fault::Wedge,
+        }),
         0 => {
             // Late answers to the first claim come when the second is being asked for.
             let slow = Fault::ArbiterSlow {
@@ -431,7 +484,8 @@ fn draw_fault(rng: &mut ChaCha8Rng, unit_ns: u64) -> Fault {
             from: draw_host(rng),
             for_ns,
         },
-        28..36 => Fault::Reset,
+        28..34 => Fault::Reset,
+        34..36 => Fault::Wedge,
         36..48 => Fault::Crash {
             host: draw_host(rng),
             silent: rng.random_bool(0.5),
@@ -476,6 +530,6 @@ mod tests {
             assert!(plan.faults.len() <= FAULTS_MAX && plan.quiet_ns() < plan.end_ns());
             kinds.extend(plan.faults.iter().map(|event| std::mem::discriminant(&event.fault)));
         }
-        assert_eq!(kinds.len(), 13);
+        assert_eq!(kinds.len(), 14);
     }
 }

@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 
-use ft_protocol::{Committed, Generation, Held, Lsn, Replica, Role, replica::Config};
+use ft_protocol::{Backlog, Committed, Generation, Held, Lsn, Replica, Role, replica::Config};
 
 use crate::{
     faults::Setting,
@@ -100,8 +100,10 @@ pub struct Host {
 
     /// The open end of the logging channel.
     pub connection: Option<ConnectionId>,
-    /// The channel broke and is to be connected again without the core noticing.
-    pub resuming: bool,
+    /// A connection that was accepted and has not said hello, and what came on it.
+    pub candidate: Option<(ConnectionId, Vec<u8>)>,
+    /// Entries may leave on the channel.
+    pub sends_entries: bool,
     /// A connection attempt is planned.
     pub connecting: bool,
     /// Bytes that wait for room on the channel.
@@ -117,15 +119,23 @@ pub struct Host {
     /// The generation asked for last.
     pub asked: Generation,
 
-    /// Own entries that are not acknowledged, the oldest first.
-    pub log: VecDeque<(Lsn, Vec<u8>)>,
+    /// Own entries that the peer may not have.
+    pub backlog: Backlog,
     /// Next LSN to write.
     pub next_lsn: Lsn,
-    /// Last entry given to the channel.
+    /// Last entry given to the core.
     pub sent: Lsn,
+    /// The share of its time that the vCPU pauses, in thousandths.
+    pub throttle: u32,
 
     /// Received entries that the replay has not consumed.
     pub replay: VecDeque<Vec<u8>>,
+    /// The core was told that there is no room for more.
+    pub replay_full: bool,
+    /// Entries stored so far, and those that the flush under way makes durable.
+    pub stored: u64,
+    /// See `stored`.
+    pub flushing: Option<u64>,
     /// Last entry to replay, once going live.
     pub replay_end: Lsn,
     /// Overlapping stalls of the shim.
@@ -158,6 +168,12 @@ impl Host {
             alone: false,
             heartbeat_interval_ns: setting.heartbeat_interval_ns,
             heartbeat_misses: setting.heartbeat_misses,
+            channel_timeout_ns: setting.channel_timeout_ns,
+            ack: setting.ack,
+            keeps_journal: true,
+            lag_target_ns: setting.lag_target_ns,
+            lag_limit_ns: setting.lag_limit_ns,
+            instance: u64::from(me.number) << 1 | me.host as u64,
         };
         Self {
             me,
@@ -169,7 +185,8 @@ impl Host {
             replica: Replica::new(config, clock.local_ns(now_ns)),
             role: Role::Pairing,
             connection: None,
-            resuming: false,
+            candidate: None,
+            sends_entries: false,
             connecting: false,
             tx: Vec::new(),
             rx: Vec::new(),
@@ -177,10 +194,14 @@ impl Host {
             asks: 0,
             ask_open: false,
             asked: Generation::FIRST,
-            log: VecDeque::new(),
+            backlog: Backlog::new(setting.log_bytes_max),
             next_lsn: Lsn(1),
             sent: Lsn::ZERO,
+            throttle: 0,
             replay: VecDeque::new(),
+            replay_full: false,
+            stored: 0,
+            flushing: None,
             replay_end: Lsn::ZERO,
             shim_stalled: 0,
             guest: Guest::default(),
@@ -213,6 +234,16 @@ impl Host {
             Role::Arbitrating => self.is_primary(),
             _ => false,
         }
+    }
+
+    /// Whether a logging channel is of use to it.
+    #[must_use]
+    pub fn wants_channel(&self) -> bool {
+        self.is_running()
+            && matches!(
+                self.role,
+                Role::Pairing | Role::Recording | Role::Replaying | Role::Arbitrating
+            )
     }
 
     /// Whether its guest replays.

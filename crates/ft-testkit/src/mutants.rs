@@ -27,11 +27,21 @@ pub enum Mutant {
     SkipTime,
     /// Heartbeats are not sent.
     NoHeartbeats,
+    /// After a reconnection, only new entries are sent.
+    NoResend,
+    /// A channel that is of no use is not broken.
+    NeverBreak,
+    /// The backup says that entries are flushed before they are.
+    AckBeforeFlush,
+    /// The backup says that entries are replayed when they have arrived.
+    AckBeforeReplay,
+    /// The vCPU does not pause, however far the backup trails.
+    IgnoreThrottle,
 }
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 16] = [
         Self::AckEarly,
         Self::ReleaseEarly,
         Self::IgnoreGeneration,
@@ -43,6 +53,11 @@ impl Mutant {
         Self::HidePowerOff,
         Self::SkipTime,
         Self::NoHeartbeats,
+        Self::NoResend,
+        Self::NeverBreak,
+        Self::AckBeforeFlush,
+        Self::AckBeforeReplay,
+        Self::IgnoreThrottle,
     ];
 
     /// Its name on the command line.
@@ -60,6 +75,11 @@ impl Mutant {
             Self::HidePowerOff => "hide-power-off",
             Self::SkipTime => "skip-time",
             Self::NoHeartbeats => "no-heartbeats",
+            Self::NoResend => "no-resend",
+            Self::NeverBreak => "never-break",
+            Self::AckBeforeFlush => "ack-before-flush",
+            Self::AckBeforeReplay => "ack-before-replay",
+            Self::IgnoreThrottle => "ignore-throttle",
         }
     }
 }

@@ -58,6 +58,8 @@ pub struct Network {
     directions: [Direction; 2],
     current: Option<ConnectionId>,
     connections: ConnectionId,
+    /// The connection on which nothing arrives any more, though both ends believe in it.
+    wedged: Option<ConnectionId>,
 }
 
 impl Network {
@@ -115,7 +117,7 @@ impl Network {
 
     /// A packet is at the receiver's door: gives it back, unless the way is blocked (it waits) or its connection is gone.
     pub fn arrive(&mut self, to: HostId, connection: ConnectionId, packet: Packet) -> Option<Packet> {
-        if self.current != Some(connection) {
+        if self.current != Some(connection) || self.wedged == Some(connection) {
             return None;
         }
         let direction = &mut self.directions[to.other().index()];
@@ -124,6 +126,11 @@ impl Network {
             return None;
         }
         Some(packet)
+    }
+
+    /// Nothing arrives on the current connection any more, and nobody is told.
+    pub fn wedge(&mut self) {
+        self.wedged = self.current;
     }
 
     /// The connection breaks: what is under way is lost. Gives the number of the broken one.
@@ -196,7 +203,8 @@ impl Network {
         }
         let current = self.current;
         let mut parked = std::mem::take(&mut direction.parked);
-        parked.retain(|(connection, _)| Some(*connection) == current);
+        let wedged = self.wedged;
+        parked.retain(|(connection, _)| Some(*connection) == current && Some(*connection) != wedged);
         parked
     }
 

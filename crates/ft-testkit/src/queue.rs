@@ -104,20 +104,18 @@ pub enum Task {
     Release,
     /// Try to connect the channel.
     Connect,
-    /// The peer did not answer the hello on this connection: it may be gone without a word.
-    HelloTimeout {
-        /// Which.
-        connection: ConnectionId,
-    },
     /// The local end of this connection is closed or broken.
     Closed {
         /// Which.
         connection: ConnectionId,
-        /// Whether it broke, rather than being closed.
-        broke: bool,
     },
-    /// A broken channel was not resumed in time.
-    GiveUpResuming,
+    /// The daemon hands the channel what has collected.
+    Flush,
+    /// The disk has flushed what was stored when it began.
+    Flushed {
+        /// Entries that are durable now.
+        entries: u64,
+    },
     /// The arbiter did not answer in time.
     AskTimeout {
         /// The number of the request.

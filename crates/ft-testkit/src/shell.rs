@@ -65,6 +65,9 @@ impl World {
                 self.with_way(|network, way| network.datagram(id, &bytes, way));
             }
             Action::SendEntries { through } => self.send_entries(id, through),
+            Action::Rewind { after } => self.rewind(id, after),
+            Action::Forget { through } => self.host(id).backlog.acknowledge(through),
+            Action::Throttle { permille } => self.set_throttle(id, permille),
             Action::Commit(committed) => self.commit(id, committed),
             Action::AskArbiter { generation } => self.ask(id, generation),
             Action::Publish {
@@ -77,6 +80,11 @@ impl World {
                 self.judge.suspected(id, reason);
             }
             Action::CloseChannel => self.close_channel(id),
+            Action::BreakChannel => {
+                if !self.is_mutant(Mutant::NeverBreak) {
+                    self.break_channel(id);
+                }
+            }
             Action::Halt { reason } => {
                 self.note(Some(id), || format!("halts: {reason}"));
                 if self.is_mutant(Mutant::SpeakAfterHalt) {
@@ -103,11 +111,19 @@ impl World {
     pub(crate) fn commit(&mut self, id: HostId, committed: Committed) {
         let host = self.host(id);
         host.committed = host.committed.max(committed);
-        while host.log.front().is_some_and(|(lsn, _)| committed.covers(*lsn)) {
-            host.log.pop_front();
-        }
         self.note(Some(id), || format!("commit through {}", committed.lsn()));
         self.wake_devices(id);
+    }
+
+    fn set_throttle(&mut self, id: HostId, permille: u32) {
+        if self.is_mutant(Mutant::IgnoreThrottle) {
+            return;
+        }
+        let was = std::mem::replace(&mut self.host(id).throttle, permille);
+        self.note(Some(id), || format!("throttle {permille}"));
+        if permille < was {
+            self.wake_guest(id, 0);
+        }
     }
 
     fn publish(&mut self, id: HostId, role: Role, generation: Generation, replay_end: Lsn) {
@@ -117,6 +133,9 @@ impl World {
         self.count_role(role);
         let host = self.host(id);
         host.role = role;
+        if role == Role::Live {
+            host.backlog.clear();
+        }
         match role {
             Role::GoingLive => {
                 host.replay_end = replay_end;
@@ -166,13 +185,9 @@ impl World {
                 }
             }
             Task::Connect => self.connect(id),
-            Task::HelloTimeout { connection } => {
-                if host.role == Role::Pairing {
-                    self.closed(id, connection, true);
-                }
-            }
-            Task::Closed { connection, broke } => self.closed(id, connection, broke),
-            Task::GiveUpResuming => self.give_up_resuming(id),
+            Task::Closed { connection } => self.closed(id, connection),
+            Task::Flush => self.flush(id),
+            Task::Flushed { entries } => self.flushed(id, entries),
             Task::AskTimeout { ask } => {
                 if host.asks == ask && host.ask_open {
                     host.ask_open = false;

@@ -137,7 +137,11 @@ impl World {
                 .map(|number| Client::new(number, &plan.setting))
                 .collect(),
             client_loss: Vec::new(),
-            judge: Judge::new(options.cut.is_none() && plan.faults.iter().all(|event| event.fault.is_harmless())),
+            judge: Judge::new(
+                options.cut.is_none() && plan.is_calm(),
+                plan.breaks() > 0,
+                &plan.setting,
+            ),
             outcome: Outcome::default(),
             actions: Vec::new(),
             end_ns: 0,
@@ -326,6 +330,7 @@ impl World {
             }
             Fault::Stall { from, .. } => self.with_way(|network, way| network.set_stalled(from, begin, way)),
             Fault::Reset => self.reset_channel(),
+            Fault::Wedge => self.network.wedge(),
             Fault::Crash { host, silent } => self.crash(host, silent),
             Fault::Restart { host } => self.restart(host),
             Fault::Pause { host, timers_first, .. } => self.pause(host, begin, timers_first),
@@ -356,14 +361,7 @@ impl World {
         let Some(connection) = self.network.reset() else { return };
         for host in HostId::BOTH {
             let delay_ns = self.rng.random_range(0..=2 * self.setting().latency_ns);
-            self.later(
-                host,
-                delay_ns,
-                Task::Closed {
-                    connection,
-                    broke: true,
-                },
-            );
+            self.later(host, delay_ns, Task::Closed { connection });
         }
     }
 

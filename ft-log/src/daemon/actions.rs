@@ -3,7 +3,7 @@
 use std::io;
 
 use ft_client::{crash, events::monotonic_ns};
-use ft_protocol::{Action, Committed, Event, Generation, Lsn, Role, Verdict};
+use ft_protocol::{Action, Committed, Event, Generation, Lsn, Role, Strength, Verdict};
 use serde_json::json;
 use tracing::{error, info, warn};
 
@@ -60,6 +60,9 @@ impl Daemon {
                     channel.allow();
                 }
             }
+            Action::Rewind { after } => self.vm.backlog.rewind(after),
+            Action::Forget { through } => self.vm.backlog.acknowledge(through),
+            Action::Throttle { permille } => self.throttle(permille),
             Action::Commit(committed) => self.commit(committed),
             Action::AskArbiter { generation } => {
                 self.vm.arbiter_warned = false;
@@ -75,6 +78,10 @@ impl Daemon {
                 self.events.emit("suspect", json!({ "reason": reason }));
             }
             Action::CloseChannel => self.close_channel()?,
+            Action::BreakChannel => {
+                info!("the logging channel is of no use and is connected anew");
+                self.break_channel()?;
+            }
             Action::Halt { reason } => {
                 error!("halted: {reason}");
                 self.events.emit("halted", json!({ "reason": reason }));
@@ -97,12 +104,27 @@ impl Daemon {
         crash::point("log.commit.after");
     }
 
+    fn throttle(&mut self, permille: u32) {
+        if (permille == 0) != (self.vm.local.region.throttle() == 0) {
+            let lag_ms = self.vm.replica.lag_ns(monotonic_ns()) / 1_000_000;
+            self.events
+                .emit("throttle", json!({ "permille": permille, "lag_ms": lag_ms }));
+        }
+        self.vm.local.region.set_throttle(permille);
+    }
+
     fn publish(&mut self, role: Role, generation: Generation, replay_end: Lsn) {
         let is_primary = self.vm.is_primary();
         match role {
-            Role::Recording | Role::Replaying => self.vm.journal.start(generation),
+            Role::Recording | Role::Replaying => {
+                let flushes = self.vm.replica.ack_strength() == Strength::Durable;
+                self.vm.journal.start(generation, flushes);
+            }
             Role::GoingLive | Role::Live => self.vm.journal.finish(),
             _ => {}
+        }
+        if role == Role::Live {
+            self.vm.backlog.clear();
         }
         if role == Role::Live && !is_primary {
             // A new generation's log, before anybody may write it.

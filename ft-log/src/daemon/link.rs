@@ -1,14 +1,21 @@
-//! The life of the logging channel: connect or accept, use, wind down.
+//! The life of the logging channel: connect or accept, use, break and connect again, wind down.
 //!
 //! ```text
-//!  primary: every 100 ms until paired   connect ──► Channel ──► Leaving (last messages, 200 ms at most)
-//!  backup:  one at a time               accept  ──►
+//!  primary: while a channel is of use   connect ──────────────► Channel ──► Leaving (last messages, 200 ms at most)
+//!  backup:  accept ──► Candidate ──hello that the core takes──►    │
+//!                          └─ none in time, a stranger: closed     └─ broken: at once, and from the start
 //! ```
+//! A backup's channel is replaced by a connection that begins with its primary's hello, and by nothing else: the old one may be
+//! half open, and strangers must not cut it.
 
 use std::{io, net::SocketAddr, os::fd::OwnedFd, rc::Rc};
 
 use ft_client::events::monotonic_ns;
-use ft_protocol::{Event, Role};
+use ft_protocol::{
+    Event, FrameError, Generation, Role, frame,
+    limits::{CANDIDATES_MAX, HEADER_BYTES, MESSAGE_BYTES_MAX},
+    message::Message,
+};
 use tracing::{debug, info, warn};
 
 use super::Daemon;
@@ -22,8 +29,10 @@ use crate::{
 const ACCEPT_RETRY_NS: u64 = 100_000_000;
 /// Between two attempts to connect.
 const CONNECT_RETRY_NS: u64 = 100_000_000;
-/// How long one attempt may take.
-const CONNECT_NS: u64 = 1_000_000_000;
+/// The same where a pair waits for it.
+const RECONNECT_RETRY_NS: u64 = 20_000_000;
+/// How long one attempt may take: the first SYN may be lost once.
+const CONNECT_NS: u64 = 1_500_000_000;
 /// How long the last messages may take to leave.
 const LEAVE_NS: u64 = 200_000_000;
 
@@ -32,6 +41,14 @@ const LEAVE_NS: u64 = 200_000_000;
 struct Leaving {
     channel: Channel,
     until_ns: u64,
+}
+
+/// An accepted connection that has not said hello, or was refused and takes its leave.
+#[derive(Debug)]
+struct Candidate {
+    channel: Channel,
+    until_ns: u64,
+    is_refused: bool,
 }
 
 /// An attempt to connect.
@@ -52,11 +69,15 @@ pub(super) struct Link {
     numbers: u32,
     pub(super) channel: Option<Channel>,
     leaving: Option<Leaving>,
+    candidates: Vec<Candidate>,
+    /// A connection that is gone, whose send of entries has not completed.
+    orphan: Option<u32>,
     told: Option<io::ErrorKind>,
+    timeout_ms: u32,
 }
 
 impl Link {
-    pub(super) fn new(listener: Option<OwnedFd>, connect_at_ns: Option<u64>) -> Self {
+    pub(super) fn new(listener: Option<OwnedFd>, connect_at_ns: Option<u64>, timeout_ms: u32) -> Self {
         Self {
             listener: listener.map(Rc::new),
             accept_at_ns: None,
@@ -65,17 +86,15 @@ impl Link {
             numbers: 0,
             channel: None,
             leaving: None,
+            candidates: Vec::new(),
+            orphan: None,
             told: None,
+            timeout_ms,
         }
     }
 
     pub(super) fn channel(&mut self) -> Option<&mut Channel> {
         self.channel.as_mut()
-    }
-
-    /// Bytes that wait to be sent.
-    pub(super) fn backlog(&self) -> usize {
-        self.channel.as_ref().map_or(0, Channel::backlog)
     }
 
     pub(super) fn is_quiet(&self) -> bool {
@@ -85,7 +104,8 @@ impl Link {
     pub(super) fn deadline_ns(&self) -> Option<u64> {
         let connecting = self.connecting.as_ref().map(|connecting| connecting.until_ns);
         let leaving = self.leaving.as_ref().map(|leaving| leaving.until_ns);
-        [self.connect_at_ns, self.accept_at_ns, connecting, leaving]
+        let candidate = self.candidates.iter().map(|candidate| candidate.until_ns).min();
+        [self.connect_at_ns, self.accept_at_ns, connecting, leaving, candidate]
             .into_iter()
             .flatten()
             .min()
@@ -99,9 +119,27 @@ impl Link {
 
     fn left(&mut self, ring: &mut Ring) -> io::Result<()> {
         match self.leaving.take() {
-            Some(leaving) => leaving.channel.cut(ring),
+            Some(leaving) => self.cut(leaving.channel, ring),
             None => Ok(()),
         }
+    }
+
+    fn cut(&mut self, channel: Channel, ring: &mut Ring) -> io::Result<()> {
+        if channel.has_entries_out() {
+            self.orphan = Some(channel.number());
+        }
+        channel.cut(ring)
+    }
+
+    /// A new connection, of which nothing is known.
+    fn open(&mut self, ring: &mut Ring, socket: Rc<OwnedFd>, peer: SocketAddr) -> io::Result<Channel> {
+        self.numbers = self.numbers.wrapping_add(1);
+        Channel::new(ring, self.numbers, socket, peer, self.timeout_ms)
+    }
+
+    fn candidate(&self, number: u32) -> Option<usize> {
+        let has_number = |candidate: &Candidate| candidate.channel.number() == number;
+        self.candidates.iter().position(has_number)
     }
 }
 
@@ -131,12 +169,90 @@ impl Daemon {
         let expected = self.config.peer.map(|expected| expected.ip());
         if expected != Some(peer.ip()) {
             warn!("refused a connection from {peer}, which is not the peer's address (--peer)");
-        } else if self.vm.link.channel.is_some() || self.vm.replica.role() != Role::Pairing {
-            warn!("refused a second connection from {peer}");
+        } else if !self.vm.wants_channel() || self.ending.is_some() {
+            warn!(
+                "refused a connection from {peer}: this side is {:?}",
+                self.vm.replica.role()
+            );
+        } else if self.vm.link.candidates.len() >= CANDIDATES_MAX {
+            warn!("refused a connection from {peer}: {CANDIDATES_MAX} others have not said hello yet");
         } else {
-            self.open_channel(Rc::new(socket), peer)?;
+            match self.vm.link.open(&mut self.ring, Rc::new(socket), peer) {
+                Ok(channel) => self.vm.link.candidates.push(Candidate {
+                    channel,
+                    until_ns: monotonic_ns() + u64::from(self.vm.link.timeout_ms) * 500_000,
+                    is_refused: false,
+                }),
+                Err(error) => debug!("a connection from {peer} broke at once: {error}"),
+            }
         }
         Ok(())
+    }
+
+    /// Something came on a connection that is no channel yet.
+    fn candidate_received(&mut self, at: usize, done: Done) -> io::Result<()> {
+        let candidate = &mut self.vm.link.candidates[at];
+        let channel = &mut candidate.channel;
+        if !matches!(channel.received(done), Ok(true)) {
+            return self.drop_candidate(at);
+        }
+        if candidate.is_refused {
+            channel.discard();
+            return channel.receive(&mut self.ring);
+        }
+        let peer = channel.peer();
+        let bytes = channel.unused();
+        let decoded = match frame::peek_length(bytes) {
+            Ok(Some(length)) if length > HEADER_BYTES + MESSAGE_BYTES_MAX => Err("it is no hello".to_owned()),
+            Ok(Some(length)) if length <= bytes.len() => match Message::decode(&bytes[..length]) {
+                Ok((generation, Message::Hello(hello))) => Ok((generation, hello)),
+                Ok(_) | Err(FrameError::Kind { .. }) => Err("it is no hello".to_owned()),
+                Err(error) => Err(error.to_string()),
+            },
+            Ok(_) => return channel.receive(&mut self.ring),
+            Err(error) => Err(error.to_string()),
+        };
+        match decoded {
+            Ok((generation, hello)) => match self.vm.replica.refusal(generation, &hello) {
+                None => self.promote(at),
+                Some(reason) => {
+                    warn!("refused a connection from {peer}: {reason}");
+                    self.refuse_candidate(at, Message::Refuse { reason })
+                }
+            },
+            Err(reason) => {
+                warn!("closed a connection from {peer} that does not speak this protocol: {reason}");
+                self.drop_candidate(at)
+            }
+        }
+    }
+
+    /// The peer is back: whatever channel there was is over.
+    fn promote(&mut self, at: usize) -> io::Result<()> {
+        let candidate = self.vm.link.candidates.swap_remove(at);
+        if let Some(former) = self.vm.link.channel.take() {
+            self.vm.link.cut(former, &mut self.ring)?;
+        }
+        self.vm.is_full = false;
+        debug!("channel with {} is up", candidate.channel.peer());
+        self.vm.link.channel = Some(candidate.channel);
+        self.handle(Event::ChannelUp)?;
+        self.receive_log()
+    }
+
+    fn refuse_candidate(&mut self, at: usize, answer: Message) -> io::Result<()> {
+        let generation: Generation = self.vm.replica.generation();
+        let candidate = &mut self.vm.link.candidates[at];
+        candidate.is_refused = true;
+        candidate.until_ns = monotonic_ns() + LEAVE_NS;
+        candidate.channel.message(&answer, generation);
+        candidate.channel.discard();
+        candidate.channel.receive(&mut self.ring)
+    }
+
+    fn drop_candidate(&mut self, at: usize) -> io::Result<()> {
+        let candidate = self.vm.link.candidates.swap_remove(at);
+        candidate.channel.cut(&mut self.ring)
     }
 
     fn connect(&mut self, now_ns: u64) -> io::Result<()> {
@@ -163,7 +279,7 @@ impl Daemon {
         let (Some(connecting), Some(peer)) = (self.vm.link.connecting.take(), self.config.peer) else {
             return Ok(());
         };
-        if self.vm.replica.role() != Role::Pairing || self.ending.is_some() {
+        if !self.vm.wants_channel() || self.ending.is_some() {
             return Ok(());
         }
         match done.result {
@@ -180,12 +296,12 @@ impl Daemon {
             info!("waiting for the peer: {error}");
             self.vm.link.told = Some(error.kind());
         }
-        self.vm.link.connect_at_ns = Some(monotonic_ns() + CONNECT_RETRY_NS);
+        self.connect_again(true);
     }
 
     fn open_channel(&mut self, socket: Rc<OwnedFd>, peer: SocketAddr) -> io::Result<()> {
-        self.vm.link.numbers = self.vm.link.numbers.wrapping_add(1);
-        match Channel::new(&mut self.ring, self.vm.link.numbers, socket, peer) {
+        self.vm.link.told = None;
+        match self.vm.link.open(&mut self.ring, socket, peer) {
             Ok(channel) => {
                 debug!("channel with {peer} is up");
                 self.vm.link.channel = Some(channel);
@@ -193,22 +309,31 @@ impl Daemon {
             }
             Err(error) => {
                 warn!("the channel with {peer} broke at once: {error}");
-                self.connect_again();
+                self.connect_again(true);
                 Ok(())
             }
         }
     }
 
-    fn connect_again(&mut self) {
-        let waits = self.vm.replica.role() == Role::Pairing && self.ending.is_none();
-        if waits && self.vm.link.listener.is_none() {
-            self.vm.link.connect_at_ns = Some(monotonic_ns() + CONNECT_RETRY_NS);
+    /// Plans the next attempt; after one that failed, with a pause.
+    fn connect_again(&mut self, failed: bool) {
+        if !self.vm.wants_channel() || self.ending.is_some() || self.vm.link.listener.is_some() {
+            return;
         }
+        let pause_ns = match self.vm.replica.role() {
+            Role::Pairing => CONNECT_RETRY_NS,
+            _ if failed => RECONNECT_RETRY_NS,
+            _ => 0,
+        };
+        self.vm.link.connect_at_ns = Some(monotonic_ns() + pause_ns);
     }
 
     // ---- in use ------------------------------------------------------------------------------------------------------
 
     pub(super) fn channel_received(&mut self, number: u32, done: Done) -> io::Result<()> {
+        if let Some(at) = self.vm.link.candidate(number) {
+            return self.candidate_received(at, done);
+        }
         if let Some(channel) = self.vm.link.leaving(number) {
             return match channel.received(done) {
                 Ok(true) => {
@@ -238,22 +363,29 @@ impl Daemon {
     }
 
     pub(super) fn channel_sent(&mut self, number: u32, done: Done) -> io::Result<()> {
-        if let Some(channel) = self.vm.link.leaving(number) {
-            return match channel.sent(&mut self.ring, done) {
+        let vm = &mut self.vm;
+        if vm.link.orphan == Some(number) {
+            vm.link.orphan = None;
+            vm.backlog.give_back(done.memory.into_bytes());
+            return Ok(());
+        }
+        if let Some(channel) = vm.link.leaving(number) {
+            return match channel.sent(&mut self.ring, &mut vm.backlog, done) {
                 Ok(()) => Ok(()),
                 Err(_) => self.vm.link.left(&mut self.ring),
             };
         }
-        let Some(channel) = self
-            .vm
-            .link
-            .channel
-            .as_mut()
-            .filter(|channel| channel.number() == number)
-        else {
+        if let Some(at) = vm.link.candidate(number) {
+            let channel = &mut vm.link.candidates[at].channel;
+            return match channel.sent(&mut self.ring, &mut vm.backlog, done) {
+                Ok(()) => Ok(()),
+                Err(_) => self.drop_candidate(at),
+            };
+        }
+        let Some(channel) = vm.link.channel.as_mut().filter(|channel| channel.number() == number) else {
             return Ok(());
         };
-        if let Err(error) = channel.sent(&mut self.ring, done) {
+        if let Err(error) = channel.sent(&mut self.ring, &mut vm.backlog, done) {
             debug!("sending to {}: {error}", channel.peer());
             return self.drop_channel();
         }
@@ -261,11 +393,15 @@ impl Daemon {
     }
 
     pub(super) fn flush_link(&mut self) -> io::Result<()> {
-        if let Some(leaving) = &mut self.vm.link.leaving {
-            leaving.channel.wind_down(&mut self.ring)?;
+        let (link, backlog) = (&mut self.vm.link, &mut self.vm.backlog);
+        if let Some(leaving) = &mut link.leaving {
+            leaving.channel.wind_down(&mut self.ring, backlog)?;
         }
-        match &mut self.vm.link.channel {
-            Some(channel) => channel.flush(&mut self.ring),
+        for candidate in link.candidates.iter_mut().filter(|candidate| candidate.is_refused) {
+            candidate.channel.wind_down(&mut self.ring, backlog)?;
+        }
+        match &mut link.channel {
+            Some(channel) => channel.flush(&mut self.ring, backlog),
             None => Ok(()),
         }
     }
@@ -290,6 +426,14 @@ impl Daemon {
         if due(self.vm.link.leaving.as_ref().map(|leaving| leaving.until_ns)) {
             self.vm.link.left(&mut self.ring)?;
         }
+        let is_late = |candidate: &Candidate| candidate.until_ns <= now_ns;
+        while let Some(at) = self.vm.link.candidates.iter().position(is_late) {
+            let candidate = &self.vm.link.candidates[at];
+            if !candidate.is_refused {
+                warn!("closed a connection from {}: no hello came", candidate.channel.peer());
+            }
+            self.drop_candidate(at)?;
+        }
         Ok(())
     }
 
@@ -302,6 +446,9 @@ impl Daemon {
         };
         self.vm.link.left(&mut self.ring)?;
         self.vm.is_full = false;
+        if !matches!(self.vm.replica.role(), Role::Halted | Role::Off) {
+            channel.hold_entries();
+        }
         // Whatever comes is dropped; a receive must be in flight, since it tells the end of the stream.
         channel.discard();
         channel.receive(&mut self.ring)?;
@@ -315,17 +462,23 @@ impl Daemon {
 
     /// The channel broke.
     pub(super) fn drop_channel(&mut self) -> io::Result<()> {
+        self.break_channel()?;
+        self.handle_queued()
+    }
+
+    /// The channel is of no use any more; what follows from that is queued.
+    pub(super) fn break_channel(&mut self) -> io::Result<()> {
         let Some(channel) = self.vm.link.channel.take() else {
             return Ok(());
         };
         self.vm.is_full = false;
-        channel.cut(&mut self.ring)?;
+        self.vm.link.cut(channel, &mut self.ring)?;
         self.gone();
-        self.handle_queued()
+        Ok(())
     }
 
     fn gone(&mut self) {
         self.queue.push_back(Event::ChannelDown);
-        self.connect_again();
+        self.connect_again(false);
     }
 }

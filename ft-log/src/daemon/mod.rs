@@ -19,7 +19,7 @@ mod vm;
 use std::{collections::VecDeque, io, os::fd::OwnedFd, rc::Rc, sync::Arc};
 
 use ft_client::events::{Events, monotonic_ns};
-use ft_protocol::{Action, Event, Role};
+use ft_protocol::{Action, Event, Role, Strength};
 use serde_json::json;
 use tracing::{info, warn};
 
@@ -47,6 +47,8 @@ const SPINS: u32 = 100;
 const REPORT_NS: u64 = 500_000_000;
 /// Between two looks at a replay ring that is full.
 const FULL_RETRY_NS: u64 = 1_000_000;
+/// Between two looks at a replay that trails.
+const REPLAY_LOOK_NS: u64 = 10_000_000;
 /// How long an end waits for the disk to take the rest of the journal.
 const JOURNAL_END_NS: u64 = 5_000_000_000;
 /// How long an arbiter may be silent before the operator hears of it.
@@ -75,6 +77,8 @@ pub struct Parts {
     pub arbiter: Arbiter,
     /// The management plane.
     pub shared: Arc<Shared>,
+    /// A random number that names this start of the daemon.
+    pub instance: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -111,7 +115,8 @@ impl Daemon {
     pub fn new(config: Config, parts: Parts) -> io::Result<Self> {
         let now_ns = monotonic_ns();
         let connects = config.role == Side::Primary && !config.alone;
-        let link = Link::new(parts.listener, connects.then_some(now_ns));
+        let timeout_ms = u32::try_from(config.channel_timeout_ms()).unwrap_or(u32::MAX);
+        let link = Link::new(parts.listener, connects.then_some(now_ns), timeout_ms);
         let mut daemon = Self {
             clients: Clients::new(&config.vm, parts.socket),
             doorbell: Rc::new(parts.local.doorbell()?),
@@ -119,7 +124,7 @@ impl Daemon {
             events: parts.events,
             signals: Rc::new(parts.signals),
             heartbeats: parts.heartbeats,
-            vm: Vm::new(&config, now_ns, parts.local, link, parts.arbiter),
+            vm: Vm::new(&config, parts.instance, parts.local, link, parts.arbiter),
             queue: VecDeque::new(),
             actions: Vec::new(),
             news: Vec::new(),
@@ -161,6 +166,8 @@ impl Daemon {
             if self.vm.is_full {
                 self.receive_log()?;
             }
+            self.tell_full()?;
+            self.look_at_consumed()?;
             let now_ns = monotonic_ns();
             self.on_time(now_ns)?;
             self.flush(now_ns)?;
@@ -260,7 +267,13 @@ impl Daemon {
                 None => Ok(()),
             },
             Token::Journal => match self.vm.journal.completed(&mut self.ring, done) {
-                Ok(()) => Ok(()),
+                Ok(()) => {
+                    let through = self.vm.journal.durable();
+                    if through > self.vm.replica.progress().durable {
+                        self.handle(Event::Durable { through })?;
+                    }
+                    Ok(())
+                }
                 Err(failure) => self.journal_failed(failure),
             },
             Token::Cleanup => Ok(()),
@@ -331,7 +344,7 @@ impl Daemon {
         if let JournalFailure::Exists { .. } = failure {
             return self.fail(Exit::Environment, failure.to_string());
         }
-        let stops = self.config.journal_failure == JournalPolicy::Stop;
+        let stops = self.config.journal_failure == JournalPolicy::Stop || self.is_waited_for();
         let then = if stops {
             "so does this side"
         } else {
@@ -347,13 +360,36 @@ impl Daemon {
         }
     }
 
-    /// The shim rings when it has applied what it must.
+    /// Whether the primary's outputs wait for this side's journal: without one it could never acknowledge again.
+    fn is_waited_for(&self) -> bool {
+        !self.vm.is_primary()
+            && matches!(self.vm.replica.role(), Role::Replaying | Role::Arbitrating)
+            && self.vm.replica.ack_strength() == Strength::Durable
+    }
+
+    /// How far the shim is with the replay. It rings when it has applied what somebody waits for.
     fn look_at_consumed(&mut self) -> io::Result<()> {
-        if !matches!(self.vm.replica.role(), Role::Replaying | Role::GoingLive) {
+        let role = self.vm.replica.role();
+        let replays = matches!(role, Role::Replaying | Role::GoingLive);
+        if !(replays || role == Role::Arbitrating && !self.vm.is_primary()) {
             return Ok(());
         }
-        let through = self.vm.local.region.consumed().min(self.vm.replica.last());
-        self.handle(Event::Consumed { through })
+        let (last, told) = (self.vm.replica.last(), self.vm.replica.progress().replayed);
+        if told < last && self.vm.replica.awaits_replay() {
+            self.vm.local.region.want_consumed(told.next());
+        }
+        let through = self.vm.local.region.consumed().min(last);
+        if through > told {
+            self.handle(Event::Consumed { through })?;
+        }
+        Ok(())
+    }
+
+    /// A replay that trails is looked at now and then: its progress is what the primary's speed is measured by.
+    fn replay_look_ns(&self) -> Option<u64> {
+        let trails =
+            self.vm.replica.role() == Role::Replaying && self.vm.replica.progress().replayed < self.vm.replica.last();
+        trails.then(|| monotonic_ns() + REPLAY_LOOK_NS)
     }
 
     // ---- time --------------------------------------------------------------------------------------------------------
@@ -372,6 +408,7 @@ impl Daemon {
             self.ending.map(|ending| ending.until_ns),
             full,
             silence,
+            self.replay_look_ns(),
         ]
         .into_iter()
         .flatten()

@@ -1,13 +1,13 @@
 //! What the peer sends: entries into the shim's replay ring, messages to the core.
 //!
 //! An entry is acknowledged only after it is in the ring. When the ring is full nothing more is received: TCP then stops the
-//! primary.
+//! primary. An entry that is there already came again because the channel broke, and is dropped.
 
 use std::io;
 
 use ft_client::events::monotonic_ns;
 use ft_protocol::{
-    Event, Lsn, Role,
+    Event, Lsn, Place, Role,
     entry::{Body, Entry},
     frame::{self, KIND_MESSAGE_FIRST},
     message::Message,
@@ -63,10 +63,17 @@ impl Daemon {
         Ok(())
     }
 
+    /// Tells the core when the replay ring gets full and when it is not any more.
+    pub(super) fn tell_full(&mut self) -> io::Result<()> {
+        let full = self.vm.is_full;
+        if std::mem::replace(&mut self.vm.told_full, full) != full {
+            self.handle(Event::ReplayFull { full })?;
+        }
+        Ok(())
+    }
+
     /// Puts the entries at the start of what was received into the replay ring, and acknowledges them all at once.
     fn store_entries(&mut self) -> io::Result<Stop> {
-        let is_follower =
-            !self.vm.is_primary() && matches!(self.vm.replica.role(), Role::Replaying | Role::Arbitrating);
         let Some(channel) = &mut self.vm.link.channel else {
             return Ok(Stop::Starved);
         };
@@ -75,7 +82,7 @@ impl Daemon {
         let mut next = from;
         let mut power_off = None;
         let received = channel.unused();
-        let mut used = 0;
+        let (mut used, mut known) = (0, 0);
         let stop = loop {
             let rest = &received[used..];
             let place = || format!("entry {next} at byte {}", channel.position() + used as u64);
@@ -92,16 +99,22 @@ impl Daemon {
                 Ok(entry) => entry,
                 Err(error) => break Stop::Damaged(format!("{}: {error}", place())),
             };
-            if !is_follower {
-                break Stop::Damaged(format!("{}: this side does not replay", place()));
-            }
-            if entry.lsn != next || entry.generation != generation {
-                break Stop::Damaged(format!(
-                    "{}: entry {} of generation {} came there",
-                    place(),
-                    entry.lsn,
-                    entry.generation
-                ));
+            match self.vm.replica.place(entry.generation, entry.lsn, Lsn(next.0 - 1)) {
+                Place::Next => {}
+                // Only what comes first can be known: the entries behind it follow each other.
+                Place::Known if next == from => {
+                    used += length;
+                    known = used;
+                    continue;
+                }
+                Place::Known | Place::Foreign => {
+                    break Stop::Damaged(format!(
+                        "{}: entry {} of generation {} came there",
+                        place(),
+                        entry.lsn,
+                        entry.generation
+                    ));
+                }
             }
             if !self.vm.local.replay.fits(length) {
                 break Stop::Full;
@@ -113,16 +126,22 @@ impl Daemon {
             used += length;
             next = next.next();
         };
-        if used > 0 {
-            let journalled = self.vm.journal.append(&received[..used], from, monotonic_ns());
-            channel.taken(used);
-            let through = Lsn(next.0 - 1);
+        let through = Lsn(next.0 - 1);
+        let journalled = if used > known {
+            self.vm
+                .journal
+                .append(&received[known..used], from, through, monotonic_ns())
+        } else {
+            Ok(())
+        };
+        channel.taken(used);
+        if used > known {
             let batch = Batch {
                 from,
                 through,
                 power_off,
             };
-            self.count(batch, used);
+            self.count(batch, used - known);
             self.handle(Event::Received {
                 generation,
                 from,

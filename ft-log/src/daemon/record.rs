@@ -1,4 +1,4 @@
-//! Entries of the local clients: into the journal and onto the channel, or, live without a backup, nowhere.
+//! Entries of the local clients: into the journal and the backlog of the channel, or, live without a backup, nowhere.
 
 use std::io;
 
@@ -28,30 +28,22 @@ impl Daemon {
             }
         }
         let generation = self.vm.replica.generation();
-        let out = match self.vm.link.channel.as_mut() {
-            Some(channel) => channel.outgoing(),
-            None => {
-                self.scratch.clear();
-                &mut self.scratch
-            }
-        };
-        let start = out.len();
-        let taken = self.vm.local.merger.take(generation, false, out);
+        let vm = &mut self.vm;
+        let taken = vm.local.merger.take(generation, false, vm.backlog.tail());
         let Some(batch) = self.sort_out(taken)? else {
+            self.vm.backlog.retract();
             return Ok(false);
         };
-        let frames = match &mut self.vm.link.channel {
-            Some(channel) => &channel.outgoing()[start..],
-            None => &self.scratch[start..],
-        };
+        let frames = self.vm.backlog.collected();
         let bytes = frames.len();
-        let journalled = self.vm.journal.append(frames, batch.from, monotonic_ns());
-        self.count(batch, bytes);
+        let journalled = self
+            .vm
+            .journal
+            .append(frames, batch.from, batch.through, monotonic_ns());
         let through = batch.through;
+        self.vm.backlog.seal(through);
+        self.count(batch, bytes);
         self.handle(Event::Appended { through })?;
-        if let Some(channel) = self.vm.link.channel() {
-            channel.retract();
-        }
         if let Err(failure) = journalled {
             self.journal_failed(failure)?;
         }
@@ -77,9 +69,6 @@ impl Daemon {
         match taken {
             Ok(batch) => Ok(batch),
             Err(violation) => {
-                if let Some(channel) = self.vm.link.channel() {
-                    channel.retract();
-                }
                 self.breached(violation)?;
                 Ok(None)
             }

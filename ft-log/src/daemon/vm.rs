@@ -1,11 +1,12 @@
 //! Everything that belongs to one VM. The daemon round it has the ring, the clock and the operator.
 
-use ft_protocol::{Lsn, Replica, Role};
+use ft_protocol::{Backlog, Lsn, Replica, Role, limits::BACKLOG_BYTES_MAX};
+
+use ft_client::events::monotonic_ns;
 
 use super::link::Link;
 use crate::{
     arbiter::Arbiter,
-    channel,
     config::{Config, Side},
     exit::Exit,
     journal_writer::JournalWriter,
@@ -28,6 +29,8 @@ pub(super) struct Vm {
     pub(super) replica: Replica,
     pub(super) local: Local,
     pub(super) link: Link,
+    /// Primary: the entries that the backup may not have.
+    pub(super) backlog: Backlog,
     pub(super) journal: JournalWriter,
     pub(super) arbiter: Arbiter,
     /// The trouble with the arbiter that the operator was told of.
@@ -36,6 +39,8 @@ pub(super) struct Vm {
     pub(super) arbiter_warned: bool,
     /// Received entries wait for room in the replay ring.
     pub(super) is_full: bool,
+    /// What the core was told of that.
+    pub(super) told_full: bool,
     pub(super) counters: Counters,
     /// The guest's power-off, once it is in the log.
     pub(super) power_off: Option<Lsn>,
@@ -44,18 +49,20 @@ pub(super) struct Vm {
 }
 
 impl Vm {
-    pub(super) fn new(config: &Config, now_ns: u64, local: Local, link: Link, arbiter: Arbiter) -> Self {
+    pub(super) fn new(config: &Config, instance: u64, local: Local, link: Link, arbiter: Arbiter) -> Self {
         Self {
             side: config.role,
             alone: config.alone,
-            replica: Replica::new(config.replica(), now_ns),
+            replica: Replica::new(config.replica(instance), monotonic_ns()),
             local,
             link,
+            backlog: Backlog::new(BACKLOG_BYTES_MAX),
             journal: JournalWriter::new(config.journal_settings(), &config.vm),
             arbiter,
             arbiter_trouble: None,
             arbiter_warned: false,
             is_full: false,
+            told_full: false,
             counters: Counters::default(),
             power_off: None,
             failure: Exit::LocalFailure,
@@ -66,13 +73,20 @@ impl Vm {
         self.side == Side::Primary
     }
 
+    /// Whether a logging channel is of use to this side.
+    pub(super) fn wants_channel(&self) -> bool {
+        match self.replica.role() {
+            Role::Pairing | Role::Arbitrating => !self.alone,
+            Role::Recording | Role::Replaying => true,
+            _ => false,
+        }
+    }
+
     /// Whether entries are taken from the rings now. With a full backlog they are not: the rings fill up and the producers
     /// stop, which is the log's flow control.
     pub(super) fn takes_entries(&self) -> bool {
         match self.replica.role() {
-            Role::Recording | Role::Arbitrating if self.is_primary() => {
-                self.link.backlog() < channel::BACKLOG_BYTES_MAX
-            }
+            Role::Recording | Role::Arbitrating if self.is_primary() => !self.backlog.is_full(),
             Role::Live => true,
             _ => false,
         }

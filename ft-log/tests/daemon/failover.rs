@@ -168,7 +168,7 @@ fn a_side_that_runs_alone_is_live_from_the_start() {
 #[test]
 fn a_stopped_backup_stops_the_producers_and_no_entry_is_lost() {
     let world = World::new();
-    let (mut a, mut b) = world.pair_with(&["--heartbeat-misses", "10000"]);
+    let (mut a, mut b) = world.pair_with(&["--heartbeat-misses", "10000", "--channel-timeout-ms", "200000"]);
     b.daemon.signal(Signal::SIGSTOP);
     // More than the rings, the backlog and the sockets hold together: the producers stand still until the backup goes on.
     let count = 60_000;

@@ -5,5 +5,7 @@ mod control;
 mod failover;
 mod hostile;
 mod journal;
+mod proxy;
+mod reconnection;
 mod refusals;
 mod world;

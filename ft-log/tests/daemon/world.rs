@@ -38,6 +38,8 @@ static WORLDS: AtomicU32 = AtomicU32::new(1);
 pub(crate) struct World {
     pub(crate) directory: tempfile::TempDir,
     addresses: [String; 2],
+    /// What A takes for B, and B for A.
+    peers: [String; 2],
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +66,24 @@ impl World {
         Self {
             directory,
             addresses: [address(1), address(2)],
+            peers: [address(2), address(1)],
         }
+    }
+
+    /// A world with a relay between the hosts ([`crate::proxy`]).
+    pub(crate) fn proxied_world() -> Self {
+        let world = Self::new();
+        let other = |address: &str, host| address.replace(".1:", host).replace(".2:", host);
+        let peers = [
+            other(world.address(HostId::B), ".4:"),
+            other(world.address(HostId::A), ".3:"),
+        ];
+        Self { peers, ..world }
+    }
+
+    /// The addresses of A and B, and those that stand for them at the other host.
+    pub(crate) fn proxied(&self) -> [&str; 4] {
+        [&self.addresses[0], &self.addresses[1], &self.peers[1], &self.peers[0]]
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -96,15 +115,15 @@ impl World {
     }
 
     fn command_with(&self, host: HostId, devices: &str) -> Command {
-        let (role, peer) = match host {
-            HostId::A => ("primary", HostId::B),
-            HostId::B => ("backup", HostId::A),
+        let role = match host {
+            HostId::A => "primary",
+            HostId::B => "backup",
         };
         let mut command = Command::new(env!("CARGO_BIN_EXE_ft-log"));
         command
             .args(["--role", role, "--devices", devices, "--events", "/dev/stdout"])
             .args(["--host-name", &format!("{host:?}")])
-            .args(["--listen", self.address(host), "--peer", self.address(peer)])
+            .args(["--listen", self.address(host), "--peer", &self.peers[host as usize]])
             .arg("--socket-path")
             .arg(self.socket(host))
             .arg("--arbiter")
@@ -367,7 +386,7 @@ impl Host {
     }
 
     pub(crate) fn consumed(&self, lsn: Lsn) {
-        self.region().set_consumed(lsn);
+        let _ = self.region().set_consumed(lsn);
         self.shim.log.ring_doorbell();
     }
 

@@ -11,6 +11,7 @@ pub mod divergence;
 pub mod execution;
 pub mod history;
 pub mod journal;
+pub mod pace;
 pub mod record;
 pub mod replay;
 pub mod source;

@@ -9,7 +9,10 @@ use ft_client::{
 };
 use ft_protocol::{Body, DeviceId, Generation, Held, Lsn, Stop, replica::Role};
 
-use super::timeline::{Ahead, Answered, Happening, Promotion, Timeline, Waiting};
+use super::{
+    pace::Pace,
+    timeline::{Ahead, Answered, Happening, Promotion, Timeline, Waiting},
+};
 use crate::error::Error;
 
 /// A backup may replay up to the last entry only: without any for this many exits, one is made for it.
@@ -34,6 +37,7 @@ pub struct Recorder {
     last_ns: u64,
     last_logged_exit: u64,
     last_entry: Lsn,
+    pace: Pace,
 }
 
 impl Recorder {
@@ -50,6 +54,7 @@ impl Recorder {
             last_ns: now_ns,
             last_logged_exit: 0,
             last_entry: Lsn::ZERO,
+            pace: Pace::default(),
         }
     }
 
@@ -84,6 +89,26 @@ impl Recorder {
         match self.region.role() {
             role @ (Role::Halted | Role::Off) => Err(ft_client::log::Ended { role }.into()),
             _ => Ok(()),
+        }
+    }
+
+    /// Pauses as much as the backup's lag asks for. What was appended quietly is announced: the backup needs it to catch up.
+    fn keep_pace(&mut self) -> Result<(), Error> {
+        loop {
+            let ticket = self.region.shim_ticket();
+            let permille = self.region.throttle();
+            if permille == 0 {
+                return Ok(());
+            }
+            let pause_ns = self.pace.pause_ns(monotonic_ns(), permille);
+            if pause_ns == 0 {
+                return Ok(());
+            }
+            self.check_role()?;
+            self.release_console();
+            self.log.flush();
+            let pause = Duration::from_nanos(pause_ns).min(ALIVE_CHECK);
+            self.region.sleep_shim(ticket, Some(pause));
         }
     }
 
@@ -243,6 +268,7 @@ impl Timeline for Recorder {
         inputs_ready: &dyn Fn(usize) -> u64,
         waiting: Waiting,
     ) -> Result<Answered<Happening>, Error> {
+        self.keep_pace()?;
         loop {
             let ticket = self.region.shim_ticket();
             self.check_role()?;

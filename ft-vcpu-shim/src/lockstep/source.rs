@@ -71,7 +71,9 @@ impl Source for Online {
                 .pop(frame)
                 .map_err(|error| Error::environment(format!("ft-log's replay ring: {error}")))?;
             // Whoever asks for the next entry has applied the one before.
-            self.region.set_consumed(Lsn(self.taken));
+            if self.region.set_consumed(Lsn(self.taken)) {
+                self.log.ring_doorbell();
+            }
             if popped.is_some() {
                 self.taken += 1;
                 return Ok(None);
@@ -89,7 +91,7 @@ impl Source for Online {
     }
 
     fn finish(&mut self) -> Result<(), Error> {
-        self.region.set_consumed(Lsn(self.taken));
+        let _ = self.region.set_consumed(Lsn(self.taken));
         self.log.ring_doorbell();
         loop {
             let ticket = self.region.shim_ticket();

@@ -1,0 +1,281 @@
+//! The logging channel: hello, the pair, and coming back within a generation.
+//!
+//! ```text
+//!   down ──ChannelUp──► up ──hello of both──► open
+//!    ▲                  │ no answer: break    │ ChannelDown, or it stands still: break
+//!    └──────────────────┴─────────────────────┘
+//! ```
+//! A break is no failure: the primary connects again, says hello with its last entry, hears the backup's, and sends what the
+//! backup has not got. Only the two daemons that made the pair resume it, in its generation: whoever was started anew has not what
+//! its former self acknowledged. A channel that stays away is a failure ([`super::failure`]).
+
+use super::{Action, Replica, Role};
+use crate::{
+    frame::VERSION,
+    ids::{Generation, Lsn},
+    message::{Hello, Message, Strength, Watermarks},
+};
+
+/// What is known of the channel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Channel {
+    pub(super) up: bool,
+    /// Both sides said hello on it.
+    pub(super) open: bool,
+    /// Primary: when it said hello, while there is no answer.
+    greeted_ns: Option<u64>,
+    /// Since when it is not open, however many attempts to connect there were.
+    pub(super) away_since_ns: u64,
+    /// Primary: since when the backup has taken nothing although there is something.
+    pub(super) still_since_ns: Option<u64>,
+    /// Primary: it was broken for standing still, and nothing has moved since.
+    broken: bool,
+}
+
+impl Channel {
+    fn close(&mut self, now_ns: u64) {
+        if self.open {
+            self.away_since_ns = now_ns;
+        }
+        (self.up, self.open, self.greeted_ns) = (false, false, None);
+    }
+
+    fn open(&mut self) {
+        (self.up, self.open, self.greeted_ns) = (true, true, None);
+    }
+}
+
+impl Replica {
+    // ---- connecting --------------------------------------------------------------------------------------------------
+
+    pub(super) fn local_ready(&mut self, now_ns: u64, fingerprint: [u8; 32], actions: &mut Vec<Action>) {
+        if self.fingerprint.is_some() {
+            return;
+        }
+        self.fingerprint = Some(fingerprint);
+        if self.config.primary {
+            // The claim of the first generation keeps a host that comes back from starting the VM a second time.
+            actions.push(Action::AskArbiter {
+                generation: Generation::FIRST,
+            });
+        }
+        self.greet(now_ns, actions);
+    }
+
+    pub(super) fn channel_up(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        self.channel.close(now_ns);
+        self.channel.up = true;
+        if !self.paired {
+            self.heard_ns = now_ns;
+        }
+        self.greet(now_ns, actions);
+    }
+
+    pub(super) fn channel_down(&mut self, now_ns: u64) {
+        self.channel.close(now_ns);
+    }
+
+    /// The primary speaks first, and only when it holds the generation.
+    pub(super) fn greet(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        let greets = self.role == Role::Pairing || self.is_pair();
+        if self.config.primary
+            && greets
+            && self.claimed
+            && self.channel.up
+            && self.channel.greeted_ns.is_none()
+            && let Some(hello) = self.hello()
+        {
+            self.channel.greeted_ns = Some(now_ns);
+            actions.push(Action::Send(Message::Hello(hello)));
+        }
+    }
+
+    fn hello(&self) -> Option<Hello> {
+        self.fingerprint.map(|fingerprint| Hello {
+            version: VERSION,
+            vm: self.config.vm.clone(),
+            primary: self.config.primary,
+            fingerprint,
+            instance: self.config.instance,
+            ack: self.ack,
+            last: self.last,
+        })
+    }
+
+    /// When a channel that is up and of no use is broken, so that another one may be connected.
+    pub(super) fn break_at_ns(&self) -> Option<u64> {
+        if !self.config.primary {
+            return None;
+        }
+        let still = self
+            .channel
+            .still_since_ns
+            .filter(|_| self.channel.open && !self.channel.broken && self.is_pair());
+        let since = if self.channel.open {
+            still
+        } else {
+            self.channel.greeted_ns
+        };
+        since.map(|since| since.saturating_add(self.config.channel_timeout_ns / 2))
+    }
+
+    pub(super) fn break_channel(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        self.channel.broken |= self.channel.open;
+        self.channel.close(now_ns);
+        actions.push(Action::BreakChannel);
+    }
+
+    // ---- hello -------------------------------------------------------------------------------------------------------
+
+    /// Why a connection that begins with this hello may not take the place of the channel; `None` if it may. A side that is
+    /// pairing answers for itself, to the operator too.
+    #[must_use]
+    pub fn refusal(&self, generation: Generation, other: &Hello) -> Option<String> {
+        if self.role == Role::Pairing {
+            return None;
+        }
+        let Some(own) = self.hello().filter(|_| self.is_pair()) else {
+            return Some(format!("this side is {:?} and takes no peer", self.role));
+        };
+        if let Some(reason) = own.mismatch(other) {
+            return Some(reason);
+        }
+        if generation != self.generation {
+            return Some(format!(
+                "the hello is of generation {generation}, this is generation {}",
+                self.generation
+            ));
+        }
+        if other.instance != self.peer_instance {
+            return Some("the peer was started anew and has nothing of this generation's log".into());
+        }
+        let backup = if self.config.primary { other.last } else { self.last };
+        let primary = if self.config.primary { self.last } else { other.last };
+        if backup > primary || backup < self.progress.received {
+            return Some(format!(
+                "the logs do not fit: the backup's ends at {backup}, the primary's at {primary}, and {} was acknowledged",
+                self.progress.received
+            ));
+        }
+        None
+    }
+
+    pub(super) fn on_hello(&mut self, now_ns: u64, generation: Generation, other: &Hello, actions: &mut Vec<Action>) {
+        match self.role {
+            Role::Pairing => self.pair(now_ns, generation, other, actions),
+            _ if !self.is_pair() => actions.push(Action::CloseChannel),
+            _ => match self.refusal(generation, other) {
+                None => self.resume(now_ns, other, actions),
+                // Only a backup that answers is known to be the peer: a stranger must not end the pair.
+                Some(_) if self.config.primary && other.instance != self.peer_instance => {
+                    self.suspect(now_ns, "the backup was started anew", actions);
+                }
+                Some(reason) => {
+                    actions.push(Action::Send(Message::Refuse { reason }));
+                    actions.push(Action::CloseChannel);
+                    self.channel.close(now_ns);
+                }
+            },
+        }
+    }
+
+    fn pair(&mut self, now_ns: u64, generation: Generation, other: &Hello, actions: &mut Vec<Action>) {
+        let Some(own) = self.hello() else {
+            // Not ready: the peer tries again when its channel closes.
+            actions.push(Action::CloseChannel);
+            return;
+        };
+        if let Some(reason) = own.mismatch(other).or_else(|| self.cannot_follow(other)) {
+            actions.push(Action::Send(Message::Refuse { reason: reason.clone() }));
+            self.halt(format!("refused to pair: {reason}"), actions);
+            return;
+        }
+        if self.config.primary && generation != self.generation {
+            actions.push(Action::CloseChannel);
+            return;
+        }
+        if !self.config.primary && other.last > Lsn::ZERO && other.instance != self.peer_instance {
+            let reason = format!(
+                "this side was started anew and has nothing of the log, which is at entry {}",
+                other.last
+            );
+            actions.push(Action::Send(Message::Refuse { reason }));
+            actions.push(Action::CloseChannel);
+            return;
+        }
+        self.paired = true;
+        self.peer_instance = other.instance;
+        self.heard_ns = now_ns;
+        self.heartbeat_due_ns = now_ns;
+        self.channel.open();
+        if self.config.primary {
+            self.change_role(Role::Recording, actions);
+        } else {
+            self.generation = generation;
+            self.ack = other.ack;
+            self.say_hello(actions);
+            self.change_role(Role::Replaying, actions);
+        }
+    }
+
+    /// What the primary asks for and this backup cannot give.
+    fn cannot_follow(&self, other: &Hello) -> Option<String> {
+        let durable = !self.config.primary && other.ack == Strength::Durable && !self.config.keeps_journal;
+        durable.then(|| {
+            "the primary waits for durable acknowledgements (--ack durable), and this side keeps no journal: give it --journal"
+                .into()
+        })
+    }
+
+    fn say_hello(&mut self, actions: &mut Vec<Action>) {
+        if let Some(own) = self.hello() {
+            actions.push(Action::Send(Message::Hello(own)));
+        }
+    }
+
+    /// The channel is back: what the backup has not got is sent again.
+    fn resume(&mut self, now_ns: u64, other: &Hello, actions: &mut Vec<Action>) {
+        self.heard_ns = now_ns;
+        self.channel.open();
+        if !self.config.primary {
+            self.say_hello(actions);
+            self.tell(now_ns, actions);
+            return;
+        }
+        actions.push(Action::Rewind { after: other.last });
+        self.hear_progress(
+            now_ns,
+            Watermarks {
+                received: other.last,
+                ..self.progress
+            },
+            actions,
+        );
+        if self.last > other.last {
+            actions.push(Action::SendEntries { through: self.last });
+        }
+    }
+
+    pub(super) fn refused(&mut self, now_ns: u64, reason: String, actions: &mut Vec<Action>) {
+        match self.role {
+            Role::Pairing => self.halt(format!("the peer refused to pair: {reason}"), actions),
+            Role::Recording if !self.channel.open => {
+                self.suspect(now_ns, "the peer does not resume the pair", actions);
+            }
+            _ => {}
+        }
+    }
+
+    /// Something moved, or nothing is to move.
+    pub(super) fn note_movement(&mut self, now_ns: u64, moved: bool) {
+        if self.progress.received >= self.last {
+            self.channel.still_since_ns = None;
+            self.channel.broken = false;
+        } else if moved {
+            self.channel.still_since_ns = Some(now_ns);
+            self.channel.broken = false;
+        } else if self.channel.still_since_ns.is_none() {
+            self.channel.still_since_ns = Some(now_ns);
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! Suspicion, arbitration, the end.
+//!
+//! Three things make a side suspect its peer: silence on channel and heartbeats; a channel that stays away, or (seen by the primary)
+//! stands still with entries under way, while heartbeats go on; and the peer's own word.
+
+use super::{Action, Replica, Role, Verdict};
+use crate::{
+    controls,
+    held::Committed,
+    ids::{Generation, Lsn},
+    message::Message,
+};
+
+impl Replica {
+    // ---- suspicion ---------------------------------------------------------------------------------------------------
+
+    /// A backup that has the power-off in hand ends with it: the VM is not to go on anywhere.
+    fn may_suspect(&self) -> bool {
+        match self.role {
+            Role::Recording => true,
+            Role::Replaying => self.power_off.is_none(),
+            _ => false,
+        }
+    }
+
+    /// When the peer is suspected if nothing is heard, and why.
+    pub(super) fn suspicion(&self) -> Option<(u64, &'static str)> {
+        if !self.may_suspect() {
+            return None;
+        }
+        let silence = self.config.heartbeat_interval_ns * u64::from(self.config.heartbeat_misses);
+        let mut soonest = (self.heard_ns.saturating_add(silence), "no heartbeat and no log traffic");
+        let mut consider = |since: u64, why| {
+            let at = since.saturating_add(self.config.channel_timeout_ns);
+            if at < soonest.0 {
+                soonest = (at, why);
+            }
+        };
+        if !self.channel.open {
+            consider(
+                self.channel.away_since_ns,
+                "the logging channel is away, though heartbeats come",
+            );
+        }
+        if let Some(since) = self.channel.still_since_ns {
+            consider(since, "the logging channel stands still, though heartbeats come");
+        }
+        Some(soonest)
+    }
+
+    pub(super) fn suspect(&mut self, now_ns: u64, reason: &'static str, actions: &mut Vec<Action>) {
+        if !self.may_suspect() {
+            return;
+        }
+        actions.push(Action::Suspect { reason });
+        if !self.config.primary && self.last == Lsn::ZERO {
+            self.unpair(now_ns, actions);
+            return;
+        }
+        self.change_role(Role::Arbitrating, actions);
+        self.ask(now_ns, self.generation.next(), actions);
+    }
+
+    /// Nothing of the VM ever came here, so nothing of it was released: there is nothing to take over. The primary may not
+    /// even know that it was paired; if this side went live, a later hello of that primary would start the VM a second time.
+    fn unpair(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        self.paired = false;
+        self.generation = Generation(0);
+        actions.push(Action::CloseChannel);
+        self.channel_down(now_ns);
+        self.change_role(Role::Pairing, actions);
+    }
+
+    // ---- arbitration -------------------------------------------------------------------------------------------------
+
+    fn ask(&mut self, now_ns: u64, generation: Generation, actions: &mut Vec<Action>) {
+        self.ask_again_ns = None;
+        if controls::ASK_ARBITER {
+            actions.push(Action::AskArbiter { generation });
+        } else {
+            self.arbiter(now_ns, generation, Verdict::Won, actions);
+        }
+    }
+
+    fn wanted(&self) -> Option<Generation> {
+        match self.role {
+            Role::Pairing if self.config.primary && !self.claimed => Some(Generation::FIRST),
+            Role::Arbitrating => Some(self.generation.next()),
+            _ => None,
+        }
+    }
+
+    pub(super) fn arbiter(&mut self, now_ns: u64, generation: Generation, verdict: Verdict, actions: &mut Vec<Action>) {
+        if self.wanted() != Some(generation) {
+            return;
+        }
+        // A late answer to an earlier request settles it as well: there is nothing to ask again.
+        self.ask_again_ns = None;
+        match verdict {
+            Verdict::Unreachable => {
+                self.ask_again_ns = Some(now_ns + self.config.heartbeat_interval_ns);
+            }
+            Verdict::Lost if self.role == Role::Pairing => self.halt(
+                format!(
+                    "generation {generation} of VM '{}' is already claimed: it was started before. If no host runs it any more, remove its claims from the arbiter",
+                    self.config.vm
+                ),
+                actions,
+            ),
+            Verdict::Lost => self.halt(
+                format!("lost the arbitration for generation {generation}: the other side is live"),
+                actions,
+            ),
+            Verdict::Won if self.role == Role::Pairing => {
+                self.claimed = true;
+                self.won = true;
+                self.generation = generation;
+                if self.config.alone {
+                    actions.push(Action::Commit(Committed::through(Lsn::MAX)));
+                    self.change_role(Role::Live, actions);
+                } else {
+                    self.greet(now_ns, actions);
+                }
+            }
+            Verdict::Won => {
+                self.won = true;
+                self.generation = generation;
+                actions.push(Action::CloseChannel);
+                self.channel_down(now_ns);
+                if self.config.primary {
+                    actions.push(Action::Commit(Committed::through(Lsn::MAX)));
+                    self.change_role(Role::Live, actions);
+                } else {
+                    self.replay_end = self.last;
+                    self.change_role(Role::GoingLive, actions);
+                }
+            }
+        }
+    }
+
+    pub(super) fn halt(&mut self, reason: String, actions: &mut Vec<Action>) {
+        self.change_role(Role::Halted, actions);
+        actions.push(Action::CloseChannel);
+        actions.push(Action::Halt { reason });
+    }
+
+    // ---- time --------------------------------------------------------------------------------------------------------
+
+    pub(super) fn tick(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        if self.ask_again_ns.is_some_and(|at| now_ns >= at)
+            && let Some(generation) = self.wanted()
+        {
+            self.ask(now_ns, generation, actions);
+        }
+        if self.break_at_ns().is_some_and(|at| now_ns >= at) {
+            self.break_channel(now_ns, actions);
+        }
+        if !self.paired || matches!(self.role, Role::Live | Role::GoingLive | Role::Halted) {
+            return;
+        }
+        if self.tell_at_ns().is_some_and(|at| now_ns >= at) {
+            self.tell(now_ns, actions);
+        }
+        if now_ns >= self.heartbeat_due_ns {
+            self.heartbeat_due_ns = now_ns + self.config.heartbeat_interval_ns;
+            self.heartbeat_sequence += 1;
+            let replayed = if self.config.primary {
+                self.last
+            } else {
+                self.progress.replayed
+            };
+            actions.push(Action::SendHeartbeat(Message::Heartbeat {
+                vm: crate::message::vm_hash(&self.config.vm),
+                lsn: self.last,
+                sequence: self.heartbeat_sequence,
+                replayed,
+                full: self.replay_full,
+            }));
+        }
+        if let Some((at, why)) = self.suspicion()
+            && now_ns >= at
+        {
+            self.suspect(now_ns, why, actions);
+        }
+    }
+}

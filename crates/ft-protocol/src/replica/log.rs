@@ -1,0 +1,193 @@
+//! The log: what was appended, received, flushed, replayed and acknowledged, and how far the replay trails.
+
+use super::{Action, Replica, Role};
+use crate::{
+    held::Committed,
+    ids::{Generation, Lsn},
+    lag,
+    limits::THROTTLE_MAX,
+    message::{Message, Strength, Watermarks},
+};
+
+/// A backup whose replay moves says so this often, where nothing else carries it.
+const TELL_NS: u64 = 10_000_000;
+/// Changes of the throttle that are not worth telling, in thousandths.
+const THROTTLE_STEP: u32 = 10;
+
+/// What to do with an entry that came over the channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// It is the next one.
+    Next,
+    /// It is here already: it was sent again after a break.
+    Known,
+    /// It has no place in this log.
+    Foreign,
+}
+
+impl Replica {
+    // ---- primary -----------------------------------------------------------------------------------------------------
+
+    pub(super) fn appended(&mut self, now_ns: u64, through: Lsn, actions: &mut Vec<Action>) {
+        assert!(
+            through >= self.last,
+            "the log went backwards: {through} after {}",
+            self.last
+        );
+        self.last = through;
+        if self.is_pair() {
+            self.lag.appended(through, now_ns);
+            self.note_movement(now_ns, false);
+            if self.channel.open {
+                actions.push(Action::SendEntries { through });
+            }
+        }
+    }
+
+    pub(super) fn ack(&mut self, now_ns: u64, said: Watermarks, actions: &mut Vec<Action>) {
+        if !self.config.primary || !self.is_pair() {
+            return;
+        }
+        let most = said.received.max(said.durable).max(said.replayed);
+        if most > self.last {
+            self.halt(
+                format!("the peer acknowledged entry {most}, the last one is {}", self.last),
+                actions,
+            );
+            return;
+        }
+        self.heard_ns = now_ns;
+        self.hear_progress(now_ns, said, actions);
+    }
+
+    /// The backup says how far it is. What it said earlier stays true.
+    pub(super) fn hear_progress(&mut self, now_ns: u64, said: Watermarks, actions: &mut Vec<Action>) {
+        let moved = said.received > self.progress.received;
+        self.progress = Watermarks {
+            received: said.received.max(self.progress.received),
+            durable: said.durable.max(self.progress.durable),
+            replayed: said.replayed.max(self.progress.replayed),
+        };
+        self.lag.replayed(self.progress.replayed);
+        self.note_movement(now_ns, moved);
+        if moved {
+            actions.push(Action::Forget {
+                through: self.progress.received,
+            });
+        }
+        let acknowledged = self.progress.of(self.ack);
+        if acknowledged > self.acknowledged {
+            self.acknowledged = acknowledged;
+            actions.push(Action::Commit(Committed::through(acknowledged)));
+        }
+    }
+
+    /// How much the vCPU must pause. While the arbiter decides it stays as it was: nothing is heard of the replay then.
+    pub(super) fn set_throttle(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        let permille = match self.role {
+            Role::Recording => lag::throttle(self.lag.ns(now_ns), self.config.lag_target_ns, self.config.lag_limit_ns),
+            Role::Live => 0,
+            _ => return,
+        };
+        let is_edge = |permille: u32| permille == 0 || permille == THROTTLE_MAX;
+        let differs = permille != self.throttle
+            && (is_edge(permille) || is_edge(self.throttle) || permille.abs_diff(self.throttle) >= THROTTLE_STEP);
+        if differs {
+            self.throttle = permille;
+            actions.push(Action::Throttle { permille });
+        }
+    }
+
+    // ---- backup ------------------------------------------------------------------------------------------------------
+
+    /// What to do with entry `lsn` of `generation` when everything through `stored` is stored.
+    #[must_use]
+    pub fn place(&self, generation: Generation, lsn: Lsn, stored: Lsn) -> Place {
+        if !self.follows() || !self.channel.open || generation != self.generation || lsn == Lsn::ZERO {
+            Place::Foreign
+        } else if lsn <= stored {
+            Place::Known
+        } else if lsn == stored.next() {
+            Place::Next
+        } else {
+            Place::Foreign
+        }
+    }
+
+    pub(super) fn received(
+        &mut self,
+        now_ns: u64,
+        generation: Generation,
+        from: Lsn,
+        through: Lsn,
+        actions: &mut Vec<Action>,
+    ) {
+        if !self.follows() || generation != self.generation {
+            return;
+        }
+        if from != self.last.next() || through < from {
+            self.halt(
+                format!("the log has a gap: entry {from} came after {}", self.last),
+                actions,
+            );
+            return;
+        }
+        self.last = through;
+        self.heard_ns = now_ns;
+        self.progress.received = through;
+        self.tell(now_ns, actions);
+    }
+
+    pub(super) fn durable(&mut self, now_ns: u64, through: Lsn, actions: &mut Vec<Action>) {
+        let through = through.min(self.last);
+        if self.follows() && through > self.progress.durable {
+            self.progress.durable = through;
+            if self.ack == Strength::Durable {
+                self.tell(now_ns, actions);
+            }
+        }
+    }
+
+    pub(super) fn consumed(&mut self, now_ns: u64, through: Lsn, actions: &mut Vec<Action>) {
+        if self.config.primary {
+            return;
+        }
+        self.progress.replayed = self.progress.replayed.max(through.min(self.last));
+        let waits = self.ack == Strength::Replayed && self.progress.replayed > self.told.replayed;
+        if waits || self.tell_at_ns().is_some_and(|at| now_ns >= at) {
+            self.tell(now_ns, actions);
+        }
+    }
+
+    /// When the replay's progress must be told.
+    pub(super) fn tell_at_ns(&self) -> Option<u64> {
+        let is_news = self.follows() && self.channel.open && self.progress.replayed > self.told.replayed;
+        is_news.then(|| self.told_ns.saturating_add(TELL_NS))
+    }
+
+    /// Acknowledges: says how far this side is.
+    pub(super) fn tell(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        self.acknowledged = self.last;
+        if self.channel.open && self.follows() {
+            self.told = self.progress;
+            self.told_ns = now_ns;
+            actions.push(Action::Send(Message::Ack(self.progress)));
+        }
+    }
+
+    // ---- both --------------------------------------------------------------------------------------------------------
+
+    pub(super) fn heartbeat(&mut self, now_ns: u64, replayed: Lsn, full: bool, actions: &mut Vec<Action>) {
+        self.heard_ns = now_ns;
+        if !self.config.primary || !self.is_pair() {
+            return;
+        }
+        if full && self.channel.still_since_ns.is_some() {
+            // It stands still because the replay has no room: that is flow control.
+            self.channel.still_since_ns = Some(now_ns);
+        }
+        // Datagrams are no acknowledgements: this is for the lag only.
+        self.lag.replayed(replayed.min(self.last));
+        self.set_throttle(now_ns, actions);
+    }
+}

@@ -1,0 +1,136 @@
+//! The logging channel breaks and comes back within the generation: nothing is lost, nothing comes twice, nobody goes live.
+
+use ft_client::journal::JournalReader;
+use ft_protocol::{Generation, Lsn, Role};
+
+use crate::{
+    proxy::Proxy,
+    world::{Host, HostId, World, append},
+};
+
+/// A pair with a relay in between. Silence is never the reason for anything: it would take minutes.
+fn pair(world: &World, channel_timeout_ms: &str) -> (Proxy, Host, Host) {
+    let proxy = Proxy::new(world);
+    let more = [
+        "--heartbeat-misses",
+        "10000",
+        "--channel-timeout-ms",
+        channel_timeout_ms,
+    ];
+    let (a, b) = world.pair_with(&more);
+    (proxy, a, b)
+}
+
+/// Ends the pair in good order; nobody suspected anybody, and both journals hold what was replayed.
+fn end_in_good_order(world: &World, mut a: Host, mut b: Host, mut replayed: Vec<u8>, last: Lsn) {
+    assert_eq!(a.region().generation(), Generation(1));
+    let off = a.power_off();
+    replayed.extend(b.replay_through(last.next(), off));
+    for host in [&mut a, &mut b] {
+        assert_eq!(host.daemon.wait_code(), 0, "{}", host.daemon.logged);
+        let events = host.daemon.rest_of_events();
+        assert!(!events.iter().any(|event| event == "suspect"), "{events:?}");
+    }
+    for host in [HostId::A, HostId::B] {
+        let mut reader = JournalReader::open(&world.journal(host)).unwrap();
+        let mut journal = Vec::new();
+        while let Some((_, bytes)) = reader.next_entry().unwrap() {
+            journal.extend_from_slice(bytes);
+        }
+        assert!(reader.torn_tail().is_none());
+        assert!(journal == replayed, "the journal of {host:?} is another log");
+    }
+}
+
+#[test]
+fn a_channel_that_is_cut_again_and_again_under_load_costs_nothing() {
+    let world = World::proxied_world();
+    let (proxy, mut a, mut b) = pair(&world, "60000");
+    let count = 30_000;
+    let mut replayed = Vec::new();
+    std::thread::scope(|scope| {
+        let (shim, devices) = (&mut a.shim, &mut a.devices);
+        let appended = scope.spawn(move || append(shim, devices, count));
+        // A cut whenever another part of the log has been replayed.
+        for part in 0..30 {
+            let (from, through) = (part * count / 30 + 1, (part + 1) * count / 30);
+            replayed.extend(b.replay_through(Lsn(from), Lsn(through)));
+            let accepted = proxy.accepted();
+            proxy.cut();
+            proxy.wait_accepted(accepted + 1);
+        }
+        assert_eq!(appended.join().unwrap(), Lsn(count));
+    });
+    a.wait_committed(Lsn(count));
+    assert!(proxy.accepted() > 30);
+    end_in_good_order(&world, a, b, replayed, Lsn(count));
+}
+
+#[test]
+fn a_connection_on_which_nothing_arrives_is_replaced() {
+    let world = World::proxied_world();
+    let (proxy, mut a, mut b) = pair(&world, "8000");
+    let last = a.append(100);
+    a.wait_committed(last);
+    proxy.wedge();
+    // Both ends believe in the connection; the backup's is replaced by a new hello while it is still open.
+    let last = a.append(100);
+    a.daemon.wait_log("connected anew");
+    a.wait_committed(last);
+    let replayed = b.replay_through(Lsn(1), last);
+    end_in_good_order(&world, a, b, replayed, last);
+}
+
+#[test]
+fn a_hello_that_nobody_answers_is_said_again_on_another_connection() {
+    let world = World::proxied_world();
+    let (proxy, mut a, mut b) = pair(&world, "8000");
+    let last = a.append(10);
+    a.wait_committed(last);
+    proxy.mute(true);
+    let accepted = proxy.accepted();
+    proxy.cut();
+    proxy.wait_accepted(accepted + 1);
+    let last = a.append(10);
+    // The connection is there, and silent.
+    a.daemon.wait_log("connected anew");
+    proxy.mute(false);
+    a.wait_committed(last);
+    let replayed = b.replay_through(Lsn(1), last);
+    end_in_good_order(&world, a, b, replayed, last);
+}
+
+#[test]
+fn a_channel_that_stays_away_is_suspected_though_heartbeats_come() {
+    let world = World::proxied_world();
+    let (proxy, mut a, mut b) = pair(&world, "1000");
+    let last = a.append(10);
+    a.wait_committed(last);
+    b.replay_through(Lsn(1), last);
+    proxy.refuse();
+    proxy.cut();
+    for host in [&mut a, &mut b] {
+        let reason = host.daemon.wait_event("suspect")["reason"].clone();
+        assert!(reason.as_str().unwrap().contains("is away"), "{reason}");
+    }
+    // One of them goes on, the other one ends.
+    let verdict = a.daemon.wait_event("arbiter")["verdict"].clone();
+    let (winner, loser) = if verdict == "won" { (&a, &mut b) } else { (&b, &mut a) };
+    winner.wait_role(Role::Live);
+    assert_eq!(loser.daemon.wait_code(), 4);
+}
+
+#[test]
+fn a_channel_that_stands_still_is_suspected_though_heartbeats_come() {
+    let world = World::proxied_world();
+    let (proxy, mut a, mut b) = pair(&world, "1000");
+    let last = a.append(10);
+    a.wait_committed(last);
+    b.replay_through(Lsn(1), last);
+    proxy.wedge_for_good();
+    a.append(10);
+    let reason = a.daemon.wait_event("suspect")["reason"].clone();
+    assert!(reason.as_str().unwrap().contains("stands still"), "{reason}");
+    a.wait_role(Role::Live);
+    assert_eq!(a.region().generation(), Generation(2));
+}
