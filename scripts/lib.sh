@@ -131,18 +131,18 @@ kvm_runs_linux() {
 lab_with_pair() {
   local seed=$1 program options=()
   shift
-  for program in ft-demo ft-log vhost-ft-blk vhost-ft-net ft-vcpu-shim; do
+  for program in ft-demo ft-bench ft-log vhost-ft-blk vhost-ft-net ft-vcpu-shim; do
     options+=(--program "$release_dir/$program")
   done
   "$repository/scripts/lab" run --seed "$seed" "${options[@]}" \
     --file "$linux_guest/vmlinuz=guest/vmlinuz" --file "$linux_guest/initrd=guest/initrd" \
-    --file "$repository/tests/nested/linux-demo=usr/bin/linux-demo" "$@"
+    --file "$repository/tests/nested/run-linux=usr/bin/run-linux" "$@"
 }
 
-# run_linux_demo_in_lab SEED [ARGUMENT OF FT-DEMO]...: files that the arguments name for writing come back to where they were named.
-run_linux_demo_in_lab() {
-  local seed=$1 results=$repository/out/linux-demo arguments=() returned=() index status=0
-  shift
+# run_in_lab ft-demo|ft-bench SEED [ARGUMENT]...: files that the arguments name for writing come back to where they were named.
+run_in_lab() {
+  local program=$1 seed=$2 results=$repository/out/$1 arguments=() returned=() index status=0
+  shift 2
   while [ $# -gt 0 ]; do
     case $1 in
       --json=* | --svg=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
@@ -159,7 +159,7 @@ run_linux_demo_in_lab() {
     shift
   done
   rm -rf "$results"
-  lab_with_pair "$seed" --results "$results" -- sh /usr/bin/linux-demo "${arguments[@]}" || status=$?
+  lab_with_pair "$seed" --results "$results" -- sh /usr/bin/run-linux "$program" "${arguments[@]}" || status=$?
   for index in "${returned[@]}"; do
     [ ! -e "$results/report.${index%%=*}" ] || cp "$results/report.${index%%=*}" "${index#*=}"
   done

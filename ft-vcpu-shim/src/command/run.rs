@@ -66,6 +66,10 @@ pub struct RunArgs {
     /// Directory for the report of a divergence, and for the last stops of a side that loses its backup; the journal's, for example.
     #[arg(long, value_name = "DIR")]
     reports: Option<PathBuf>,
+    /// How long a guest may go without a stop of its own while something waits for it; then it is stopped anywhere, at the price of a
+    /// state delta in the log. More where the processor is shared or emulated.
+    #[arg(long, value_name = "MS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    patience_ms: u64,
 }
 
 fn open_console(path: Option<&Path>) -> Result<File, Error> {
@@ -144,6 +148,7 @@ pub fn run(args: &RunArgs) -> Result<(), Error> {
     );
     let reports = Reports::new(args, Arc::clone(&region));
     let result = machine.power_on(ports, timeline, on_live).and_then(|mut execution| {
+        execution.set_patience(Duration::from_millis(args.patience_ms));
         let end = run_to_end(&mut execution, &reports);
         if let Err(Error::Diverged(divergence)) = &end {
             events.emit("diverged", reports.diverged(divergence, &execution));

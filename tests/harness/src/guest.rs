@@ -27,8 +27,33 @@ pub struct Linux {
     pub initrd: PathBuf,
     /// Its memory.
     pub ram_mib: u32,
-    /// Seconds, of the guest, for which it works as hard as it can beside its service.
-    pub load_seconds: Option<u32>,
+    /// What it does beside its service.
+    pub work: Option<Work>,
+}
+
+/// Work of a Linux guest beside its service (`guest/ledger-linux/load`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Everything that an execution is hard to follow under, at once, for so many seconds of the guest.
+    Everything {
+        /// How long.
+        seconds: u32,
+    },
+    /// So many rounds of compile-like work, after a pause in which it does nothing.
+    Compile {
+        /// How often.
+        rounds: u32,
+    },
+}
+
+impl Work {
+    /// The word for it on the kernel's command line.
+    fn word(self) -> String {
+        match self {
+            Self::Everything { seconds } => format!("ft.load={seconds}"),
+            Self::Compile { rounds } => format!("ft.compile={rounds}"),
+        }
+    }
 }
 
 /// How long the harness waits for a guest. Not a judgement: a run that takes longer is given up.
@@ -93,15 +118,14 @@ impl Guest {
         match self {
             Self::Bundled(elf) => vec![("--kernel", path(elf)), ("--cmdline", service)],
             Self::Linux(linux) => {
-                let load = linux.load_seconds.map(|seconds| format!(" ft.load={seconds}"));
-                let load = load.unwrap_or_default();
+                let work = linux.work.map(|work| format!(" {}", work.word())).unwrap_or_default();
                 vec![
                     ("--kernel", path(&linux.kernel)),
                     ("--initrd", path(&linux.initrd)),
                     ("--ram-mib", linux.ram_mib.to_string()),
                     (
                         "--cmdline",
-                        format!("console=ttyS0 quiet panic=-1 nolapic noapic lpj=1000000 {service}{load}"),
+                        format!("console=ttyS0 quiet panic=-1 nolapic noapic lpj=1000000 {service}{work}"),
                     ),
                 ]
             }

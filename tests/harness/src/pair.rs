@@ -30,6 +30,8 @@ pub struct PairSetup {
     pub guest: Guest,
     /// More arguments for both ft-logs.
     pub ft_log_arguments: Vec<String>,
+    /// More arguments for both shims.
+    pub shim_arguments: Vec<String>,
     /// The host that is to die at a crash point, and the `POINT:NTH`.
     pub crash: Option<(HostId, String)>,
 }
@@ -233,10 +235,13 @@ impl Pair {
             }
         };
         list.option("--events", self.events.file(id, process));
-        if process == FT_LOG {
-            for argument in &self.setup.ft_log_arguments {
-                list.word(argument);
-            }
+        let more: &[String] = match process {
+            FT_LOG => &self.setup.ft_log_arguments,
+            SHIM => &self.setup.shim_arguments,
+            _ => &[],
+        };
+        for argument in more {
+            list.word(argument);
         }
         list.0
     }

@@ -47,6 +47,8 @@ pub struct Setup {
     pub plan: FaultPlan,
     /// More arguments for both ft-logs (heartbeat timers).
     pub ft_log_arguments: Vec<String>,
+    /// More arguments for both shims (patience).
+    pub shim_arguments: Vec<String>,
     /// Execute what host A recorded again, twice, when the run is over, and compare every stop.
     pub replay: bool,
     /// Tell on stderr what is going on.
@@ -65,6 +67,7 @@ impl Setup {
             bin_dir: self.bin_dir.clone(),
             guest: self.guest.clone(),
             ft_log_arguments: self.ft_log_arguments.clone(),
+            shim_arguments: self.shim_arguments.clone(),
             crash,
         }
     }

@@ -105,6 +105,7 @@ fn watch(build: Build) -> Vec<Event> {
         bin_dir: build.directory(),
         guest: build_watcher(directory.path()).into(),
         ft_log_arguments: Vec::new(),
+        shim_arguments: Vec::new(),
         crash: None,
     };
     let deadline = Instant::now() + setup.guest.patience().boot;

@@ -418,6 +418,7 @@ fn pair(directory: &TempDir) -> Pair {
         bin_dir: Build::Release.directory(),
         guest: variable("FT_GUEST").into(),
         ft_log_arguments: Vec::new(),
+        shim_arguments: Vec::new(),
         crash: None,
     };
     Pair::new(setup, directory.path()).expect("a network")

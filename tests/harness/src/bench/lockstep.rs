@@ -200,7 +200,7 @@ pub fn log_bytes(setup: &PairSetup, parent: &Path) -> Result<Vec<Row>, HarnessEr
 
 /// What the primary's ft-log had logged since its start, as it reports twice a second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Sample {
+pub(crate) struct Sample {
     t_ns: u64,
     bytes: u64,
     entries: u64,
@@ -208,7 +208,7 @@ struct Sample {
 
 impl Sample {
     /// The first report after this moment, waiting for it if need be.
-    fn first(machine: &Machine, after_ns: u64) -> Result<Self, HarnessError> {
+    pub(crate) fn first(machine: &Machine, after_ns: u64) -> Result<Self, HarnessError> {
         machine.pair.wait_for(
             "ft-log's next event `log`",
             HostId::A,
@@ -230,7 +230,7 @@ impl Sample {
     }
 
     #[allow(clippy::cast_precision_loss, reason = "a run logs far less than 2^53 bytes")]
-    fn since(self, earlier: Self) -> Logged {
+    pub(crate) fn since(self, earlier: Self) -> Logged {
         Logged {
             seconds: ms(self.t_ns - earlier.t_ns) / 1e3,
             bytes: (self.bytes - earlier.bytes) as f64,
@@ -241,10 +241,10 @@ impl Sample {
 
 /// What was logged in a time.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Logged {
-    seconds: f64,
-    bytes: f64,
-    entries: f64,
+pub(crate) struct Logged {
+    pub(crate) seconds: f64,
+    pub(crate) bytes: f64,
+    pub(crate) entries: f64,
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@
 pub mod client;
 pub mod echo;
 pub mod failover;
+pub mod linux;
 pub mod lockstep;
 pub mod machine;
 pub mod row;

@@ -5,11 +5,12 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ft_harness::bench::failover::{self, Heartbeat};
-use ft_harness::bench::lockstep;
 use ft_harness::bench::machine::Medium;
 use ft_harness::bench::row::Row;
+use ft_harness::bench::{linux, lockstep};
 use ft_harness::error::{HarnessError, IoContext};
 use ft_harness::faults::{Fault, FaultPlan, Moment};
+use ft_harness::guest::{Guest, Linux};
 use ft_harness::scenario::Setup;
 use ft_harness::signals;
 
@@ -33,6 +34,15 @@ struct Arguments {
         default_value = "guest/ledger/target/x86_64-unknown-linux-gnu/release/ledger"
     )]
     guest: PathBuf,
+    /// The guest is a stock Linux, and this its initrd.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// More arguments for both ft-logs of the suite `linux`, separated by blanks.
+    #[arg(long, value_name = "ARGUMENTS", default_value = "", allow_hyphen_values = true)]
+    ft_log: String,
+    /// More arguments for both shims of the suite `linux`, separated by blanks.
+    #[arg(long, value_name = "ARGUMENTS", default_value = "", allow_hyphen_values = true)]
+    shim: String,
     /// Rounds whose median is taken.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=50))]
     rounds: u8,
@@ -45,6 +55,8 @@ struct Arguments {
 enum Suite {
     /// The lockstep engine: throughput, latency, log bytes, failover gap.
     Lockstep,
+    /// A stock Linux: compile-like work, log, failover under load. Needs --initrd.
+    Linux,
 }
 
 /// Exit status when a run lost or forked something, or did not end as it must.
@@ -56,6 +68,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let measured = match arguments.suite {
         Suite::Lockstep => bench_lockstep(&arguments),
+        Suite::Linux => bench_linux(&arguments),
     };
     match measured {
         Ok(true) => ExitCode::SUCCESS,
@@ -112,12 +125,50 @@ fn bench_lockstep(arguments: &Arguments) -> Result<bool, HarnessError> {
             good = false;
         }
     }
-    if let Some(path) = &arguments.json {
-        let mut json = serde_json::to_string_pretty(&rows.0).expect("rows are JSON");
-        json.push('\n');
-        std::fs::write(path, json).context(|| format!("write {}", path.display()))?;
-    }
+    write_json(arguments, &rows)?;
     Ok(good)
+}
+
+fn bench_linux(arguments: &Arguments) -> Result<bool, HarnessError> {
+    let Some(initrd) = &arguments.initrd else {
+        return Err(HarnessError::Environment(
+            "the suite linux needs --initrd and the kernel as --guest: scripts/bench linux gives both".to_owned(),
+        ));
+    };
+    let linux = Linux {
+        kernel: absolute(&arguments.guest)?,
+        initrd: absolute(initrd)?,
+        ram_mib: 256,
+        work: None,
+    };
+    let setup = Setup {
+        guest: Guest::Linux(linux.clone()),
+        ft_log_arguments: words(&arguments.ft_log),
+        shim_arguments: words(&arguments.shim),
+        ..setup(arguments)?
+    };
+    setup.pair().check()?;
+    let files = directory(Medium::Disk)?;
+    signals::clean_up(vec![files.path().to_owned()])?;
+    let mut rows = Rows::default();
+    let (figures, problems) = linux::figures(&setup, &linux, files.path())?;
+    rows.add(figures);
+    for problem in &problems {
+        eprintln!("ft-bench: {problem}");
+    }
+    write_json(arguments, &rows)?;
+    Ok(problems.is_empty())
+}
+
+fn words(arguments: &str) -> Vec<String> {
+    arguments.split_whitespace().map(str::to_owned).collect()
+}
+
+fn write_json(arguments: &Arguments, rows: &Rows) -> Result<(), HarnessError> {
+    let Some(path) = &arguments.json else { return Ok(()) };
+    let mut json = serde_json::to_string_pretty(&rows.0).expect("rows are JSON");
+    json.push('\n');
+    std::fs::write(path, json).context(|| format!("write {}", path.display()))
 }
 
 fn directory(medium: Medium) -> Result<tempfile::TempDir, HarnessError> {
@@ -144,6 +195,7 @@ fn setup(arguments: &Arguments) -> Result<Setup, HarnessError> {
         rate: 1,
         plan: FaultPlan::At(Fault::None, Moment::seeded(1, 1, 1)),
         ft_log_arguments: Vec::new(),
+        shim_arguments: Vec::new(),
         replay: false,
         verbose: false,
     })

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use ft_harness::error::{HarnessError, IoContext};
 use ft_harness::faults::{Fault, FaultPlan, Moment};
-use ft_harness::guest::{Guest, Linux};
+use ft_harness::guest::{Guest, Linux, Work};
 use ft_harness::picture;
 use ft_harness::scenario::{self, Setup};
 use ft_harness::signals;
@@ -58,6 +58,9 @@ struct Arguments {
     /// Heartbeats that must be missed before the peer is suspected.
     #[arg(long, value_name = "N")]
     heartbeat_misses: Option<u32>,
+    /// How long the guest may go without a stop while something waits for it.
+    #[arg(long, value_name = "MS")]
+    patience_ms: Option<u32>,
     /// Keep the run's directory (logs, events, disk images).
     #[arg(long)]
     keep: bool,
@@ -95,10 +98,12 @@ fn demo(arguments: &Arguments) -> Result<bool, HarnessError> {
         )));
     }
     let plan = FaultPlan::At(arguments.fault, Moment::seeded(arguments.seed, records, arguments.rate));
-    let timers = [
-        ("--heartbeat-interval-ms", arguments.heartbeat_interval_ms),
-        ("--heartbeat-misses", arguments.heartbeat_misses),
-    ];
+    let options = |options: &[(&str, Option<u32>)]| {
+        let given = options
+            .iter()
+            .filter_map(|(name, value)| Some([(*name).to_owned(), (*value)?.to_string()]));
+        given.flatten().collect()
+    };
     let setup = Setup {
         bin_dir: bin_dir(arguments)?,
         guest: guest(arguments)?,
@@ -106,11 +111,11 @@ fn demo(arguments: &Arguments) -> Result<bool, HarnessError> {
         records,
         rate: arguments.rate,
         plan: plan.clone(),
-        ft_log_arguments: timers
-            .into_iter()
-            .filter_map(|(name, value)| Some([name.to_owned(), value?.to_string()]))
-            .flatten()
-            .collect(),
+        ft_log_arguments: options(&[
+            ("--heartbeat-interval-ms", arguments.heartbeat_interval_ms),
+            ("--heartbeat-misses", arguments.heartbeat_misses),
+        ]),
+        shim_arguments: options(&[("--patience-ms", arguments.patience_ms)]),
         replay: arguments.replay,
         verbose: arguments.verbose,
     };
@@ -160,7 +165,7 @@ fn guest(arguments: &Arguments) -> Result<Guest, HarnessError> {
             kernel,
             initrd: absolute(initrd)?,
             ram_mib: arguments.ram_mib,
-            load_seconds: arguments.load,
+            work: arguments.load.map(|seconds| Work::Everything { seconds }),
         }),
     })
 }

@@ -44,6 +44,7 @@ pub(crate) fn setup(build: Build, seed: u64, plan: FaultPlan) -> Setup {
         rate: 150,
         plan,
         ft_log_arguments: Vec::new(),
+        shim_arguments: Vec::new(),
         replay: false,
         verbose: false,
     }
