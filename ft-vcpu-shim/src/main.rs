@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ft_vcpu_shim::command::{bisect, replay, rewrite, run};
+use ft_vcpu_shim::command::{bisect, check, replay, rewrite, run};
 use tracing_subscriber::EnvFilter;
 
 /// Runs a virtual machine in lockstep, or replays the journal of one.
@@ -22,6 +22,8 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Find the first stop at which two journals, or a journal and its replay, differ: exit status 0 the same, 1 different.
     Bisect(bisect::BisectArgs),
+    /// Say what this host allows, and with --with whether it can pair with another: exit status 0 yes, 1 no.
+    Check(check::CheckArgs),
     /// Show what the loader does to the RDTSC, RDTSCP and PAUSE of a kernel or module, without running it.
     Rewrite(rewrite::RewriteArgs),
 }
@@ -49,6 +51,10 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args).map(|()| 0),
         Command::Replay(args) => replay::replay(&args).map(|()| 0),
         Command::Bisect(args) => bisect::bisect(&args).map(bisect::Verdict::exit_code),
+        Command::Check(args) => check::check(&args).map(|findings| {
+            print!("{}", findings.text);
+            u8::from(!findings.yes)
+        }),
         Command::Rewrite(args) => rewrite::rewrite(&args).map(|text| {
             print!("{text}");
             0

@@ -1,6 +1,7 @@
 //! The subcommands.
 
 pub mod bisect;
+pub mod check;
 pub mod machine;
 pub mod replay;
 pub mod rewrite;

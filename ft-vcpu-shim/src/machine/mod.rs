@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod cpuid;
+pub mod host;
 pub mod kick;
 pub mod memory;
 pub mod msr;
