@@ -13,8 +13,8 @@ use ft_vhost::{
 use tracing::info;
 
 use crate::{
-    disk::{Disk, SERIAL},
-    image::{Image, LOCK_PATIENCE, Locking},
+    disk::{Disk, OnEnospc, Policy, SERIAL},
+    image::{Access, Image, LOCK_PATIENCE, Locking},
 };
 
 /// What `--print-capabilities` says of the options of QEMU's schema.
@@ -37,9 +37,21 @@ pub struct Arguments {
     /// Queues; a protected VM has one.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
     num_queues: u16,
+    /// Threads that serve the queues, each with an io_uring of its own; at most one for each queue.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)), conflicts_with = "ft_log")]
+    io_threads: Option<u16>,
     /// Bytes of a logical block.
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = ["512", "4096"])]
     block_size: String,
+    /// Bypass the page cache (O_DIRECT). Blocks must be as large as the image's file system or device wants them.
+    #[arg(long, conflicts_with = "ft_log")]
+    direct: bool,
+    /// What happens to a write that finds no space on the image's file system. A protected VM's gets the error.
+    #[arg(long, value_enum, value_name = "POLICY", default_value = "report")]
+    on_enospc: OnEnospc,
+    /// Look for more work for up to this many microseconds before sleeping; how long is learned, 0 never. Not for a protected VM.
+    #[arg(long, value_name = "US", default_value_t = 32, value_parser = clap::value_parser!(u16).range(0..=1000))]
+    poll_us: u16,
     /// Lock the image only while a queue runs: so that the daemon at the other end of a live migration can be there already.
     #[arg(long, conflicts_with = "ft_log")]
     migratable: bool,
@@ -99,7 +111,11 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
         true => Locking::WhileAttached,
         false => Locking::Life,
     };
-    let image = Image::open(blk_file, arguments.read_only, block_bytes, locking, LOCK_PATIENCE);
+    let access = Access {
+        read_only: arguments.read_only,
+        direct: arguments.direct,
+    };
+    let image = Image::open(blk_file, access, block_bytes, locking, LOCK_PATIENCE);
     let image = image.map_err(End::environment)?;
     let protected = conventions.membership().is_some();
     if protected && arguments.num_queues > 1 {
@@ -112,15 +128,19 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
         read_only: image.is_read_only(),
         queues: arguments.num_queues,
         block_bytes,
-        cache_mode_writable: !protected,
+        protected,
     };
+    let policy = Policy {
+        serial: arguments.serial,
+        on_enospc: arguments.on_enospc,
+        poll_ns_max: u64::from(arguments.poll_us) * 1000,
+    };
+    let threads = arguments.io_threads.unwrap_or(1).min(arguments.num_queues);
     let fingerprinted = image.try_clone().map_err(End::environment)?;
+    let make = move || {
+        let image = image.try_clone().map_err(End::environment)?;
+        Ok(Disk::new(image, geometry, policy.clone()))
+    };
     let fingerprint = move || fingerprinted.fingerprint().map_err(End::environment);
-    daemon::serve(
-        &options,
-        "vhost-ft-blk",
-        Disk::new(image, geometry, &arguments.serial),
-        signals,
-        fingerprint,
-    )
+    daemon::serve(&options, "vhost-ft-blk", threads.into(), make, signals, fingerprint)
 }

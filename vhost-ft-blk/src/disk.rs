@@ -6,48 +6,45 @@
 //!  go live:   what has no delivered completion is completed from here: reads start, what was done already is reported
 //! ```
 
-use std::{
-    collections::{HashMap, VecDeque},
-    io,
-};
+use std::{collections::VecDeque, io};
 
 use ft_client::{crash, events::Events};
 use ft_protocol::Lsn;
 use ft_vhost::{
-    device::{Completion, Device, Fallocate, Input, Life, Uring},
+    device::{Buffer, Completion, Device, Fallocate, Input, Life, Uring},
     exit::End,
     guest_side::{
-        BOUNCE, GuestSide,
+        BOUNCE, GuestSide, RingError,
         blk::{
-            BlkGuestSide, COMPLETION_HEADER_BYTES, CONFIG_WRITEBACK_OFFSET, FEATURE_CONFIG_WCE, FEATURE_FLUSH,
+            BlkGuestSide, ById, COMPLETION_HEADER_BYTES, CONFIG_WRITEBACK_OFFSET, FEATURE_CONFIG_WCE, FEATURE_FLUSH,
             Geometry, ID_BYTES, Kind, Request, SECTOR_BYTES, STATUS_IO_ERROR, STATUS_OK, completion_header,
         },
     },
 };
-use nix::libc;
+use nix::{errno::Errno, libc};
 use serde_json::json;
 use tracing::{error, info, warn};
 
 use crate::{
     image::Image,
     overlap::{Access, Schedule},
+    transfer::{BOUNCE_BYTES_MAX, Buffers, Data, Prepared},
 };
 
 /// What GET_ID answers unless the operator says otherwise.
 pub const SERIAL: &str = "ft-blk";
 /// Zeroes written at once where the image cannot make them itself.
 const ZEROES_BYTES: usize = 1 << 20;
-/// Write data in bounce buffers beyond which no further kick is answered.
-const BOUNCE_BYTES_MAX: usize = 32 << 20;
 /// Completions are put together in one input up to this size.
 const INPUT_BYTES_MERGED: usize = 64 << 10;
-/// Buffers kept for reuse.
-const SPARE_BUFFERS: usize = 64;
+/// How often a write that found no space is tried again.
+const RETRY_NS: u64 = 1_000_000_000;
 
 /// A request on its way to the image or back.
 #[derive(Debug)]
 struct Job {
     request: Request,
+    data: Data,
     /// Bytes done.
     done: usize,
     /// Zeroes are written out: the image cannot make them itself.
@@ -63,6 +60,36 @@ struct Done {
     completion: Vec<u8>,
 }
 
+/// What happens to a write that finds no space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnEnospc {
+    /// The guest gets an error.
+    Report,
+    /// It waits, and is tried again every second.
+    Stop,
+}
+
+/// What the operator decides.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// What GET_ID answers, cut to what the driver can be told.
+    pub serial: String,
+    /// Writes without space.
+    pub on_enospc: OnEnospc,
+    /// How long, at most, to look for more work before sleeping.
+    pub poll_ns_max: u64,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            serial: SERIAL.into(),
+            on_enospc: OnEnospc::Report,
+            poll_ns_max: 0,
+        }
+    }
+}
+
 /// How zeroes are made: with a hole where the driver allows it.
 fn zeroing(unmap: bool) -> Fallocate {
     match unmap {
@@ -75,47 +102,63 @@ fn is_unsupported(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EOPNOTSUPP)
 }
 
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+}
+
 /// The device.
 #[derive(Debug)]
 pub struct Disk {
     guest: BlkGuestSide,
     image: Image,
     life: Life,
-    serial: String,
+    policy: Policy,
     write_through: bool,
     schedule: Schedule,
-    jobs: HashMap<u64, Job>,
-    bounce_bytes: usize,
+    jobs: ById<Job>,
+    buffers: Buffers,
+    /// Jobs that could not start: how each ends.
+    ended: Vec<(u64, Option<Errno>)>,
+    /// Jobs that wait for a buffer.
+    hungry: VecDeque<u64>,
+    /// Jobs that wait for space on the image's file system.
+    starving: Vec<u64>,
+    retry_at_ns: u64,
     /// Following: requests whose result comes from the log.
     passive: VecDeque<Request>,
     done: VecDeque<Done>,
+    /// Alone: the completions of each queue, as one payload.
+    batches: Vec<Vec<u8>>,
     requests: Vec<Request>,
     startable: Vec<u64>,
-    spare: Vec<Vec<u8>>,
 }
 
 impl Disk {
-    /// A disk on `image` that its driver sees as `geometry`; `serial` is cut to what the driver can be told.
+    /// A disk on `image` that its driver sees as `geometry`.
     #[must_use]
-    pub fn new(image: Image, geometry: Geometry, serial: &str) -> Self {
+    pub fn new(image: Image, geometry: Geometry, policy: Policy) -> Self {
         Self {
             guest: BlkGuestSide::new(geometry),
             image,
             life: Life::Alone,
-            serial: serial.into(),
+            policy,
             write_through: false,
             schedule: Schedule::default(),
-            jobs: HashMap::new(),
-            bounce_bytes: 0,
+            jobs: ById::default(),
+            buffers: Buffers::default(),
+            ended: Vec::new(),
+            hungry: VecDeque::new(),
+            starving: Vec::new(),
+            retry_at_ns: 0,
             passive: VecDeque::new(),
             done: VecDeque::new(),
+            batches: (0..geometry.queues).map(|_| Vec::new()).collect(),
             requests: Vec::new(),
             startable: Vec::new(),
-            spare: Vec::new(),
         }
     }
 
-    fn take(&mut self, request: Request, io: &mut Uring) {
+    fn take(&mut self, mut request: Request, io: &mut Uring) {
         let sectors = || request.sector..request.sector + u64::from(request.length) / SECTOR_BYTES;
         let access = match request.kind {
             Kind::Write | Kind::Discard | Kind::WriteZeroes { .. } => Access::Write(sectors()),
@@ -127,7 +170,8 @@ impl Disk {
             Kind::Read => Access::Read(sectors()),
             Kind::GetId => {
                 let mut id = [0; ID_BYTES];
-                let serial = &self.serial.as_bytes()[..self.serial.len().min(ID_BYTES)];
+                let serial = self.policy.serial.as_bytes();
+                let serial = &serial[..serial.len().min(ID_BYTES)];
                 id[..serial.len()].copy_from_slice(serial);
                 let length = id.len().min(request.length as usize);
                 self.report(request.id, request.queue, STATUS_OK, &id[..length]);
@@ -139,9 +183,15 @@ impl Disk {
             }
         };
         let id = request.id;
-        self.bounce_bytes += request.data.len();
+        let mut data = Data::default();
+        if request.kind == Kind::Write && self.life != Life::Alone {
+            data.bounced = request.data.len();
+            self.buffers.bounced += data.bounced;
+            data.buffer = Buffer::Bytes(std::mem::take(&mut request.data));
+        }
         let job = Job {
             request,
+            data,
             done: 0,
             by_hand: false,
         };
@@ -152,50 +202,117 @@ impl Disk {
     }
 
     fn start_job(&mut self, id: u64, io: &mut Uring) {
-        let Self { jobs, image, spare, .. } = self;
-        let Job { request, done, by_hand } = jobs.get_mut(&id).expect("a startable request has a job");
-        let left = request.length as usize - *done;
+        let Self { jobs, image, .. } = self;
+        let Job {
+            request, done, by_hand, ..
+        } = jobs.get_mut(&id).expect("a startable request has a job");
+        let left = (request.length as usize - *done) as u64;
         let offset = request.sector * SECTOR_BYTES + *done as u64;
         match request.kind {
-            Kind::Write => {
-                crash::point("blk.write.before");
-                let data = std::mem::take(&mut request.data);
-                io.write(image.fd(), offset, data, *done, self.write_through, id);
-            }
             Kind::Flush => {
                 crash::point("blk.flush.before");
                 io.datasync(image.fd(), id);
             }
-            Kind::WriteZeroes { .. } if *by_hand => {
-                crash::point("blk.write.before");
-                let mut zeroes = std::mem::take(&mut request.data);
-                zeroes.resize(left.min(ZEROES_BYTES), 0);
-                io.write(image.fd(), offset, zeroes, 0, self.write_through, id);
-            }
-            Kind::WriteZeroes { unmap } => io.fallocate(image.fd(), zeroing(unmap), offset, left as u64, id),
-            Kind::Discard => io.fallocate(image.fd(), Fallocate::PunchHole, offset, left as u64, id),
-            _ => {
-                let mut buffer = match *done {
-                    0 => spare.pop().unwrap_or_default(),
-                    _ => std::mem::take(&mut request.data),
-                };
-                buffer.resize(COMPLETION_HEADER_BYTES + request.length as usize, 0);
-                io.read(image.fd(), offset, buffer, COMPLETION_HEADER_BYTES + *done, id);
-            }
+            Kind::WriteZeroes { unmap } if !*by_hand => io.fallocate(image.fd(), zeroing(unmap), offset, left, id),
+            Kind::Discard => io.fallocate(image.fd(), Fallocate::PunchHole, offset, left, id),
+            _ => self.transfer(id, io),
         }
     }
 
-    /// A completion without a job.
+    /// Reads or writes what is left of a job.
+    fn transfer(&mut self, id: u64, io: &mut Uring) {
+        let Self {
+            jobs,
+            image,
+            buffers,
+            guest,
+            ..
+        } = self;
+        let job = jobs.get_mut(&id).expect("a startable request has a job");
+        let kind = job.request.kind;
+        let (length, done) = (job.request.length as usize, job.done);
+        if let Kind::WriteZeroes { .. } = kind {
+            let part = (length - done).min(ZEROES_BYTES);
+            let (mut zeroes, from) = buffers.aligned(part, image.alignment());
+            zeroes.resize(from + part, 0);
+            crash::point("blk.write.before");
+            let offset = job.request.sector * SECTOR_BYTES + done as u64;
+            io.write(image.fd(), offset, zeroes, from, part, self.write_through, id);
+            return;
+        }
+        if matches!(job.data.buffer, Buffer::None) {
+            let prepared = match self.life {
+                Life::Alone => buffers.direct(guest, id, length, kind == Kind::Write, image.alignment()),
+                _ => {
+                    let mut bytes = buffers.take();
+                    bytes.resize(COMPLETION_HEADER_BYTES + length, 0);
+                    Ok(Prepared::Ready(Data {
+                        buffer: Buffer::Bytes(bytes),
+                        from: COMPLETION_HEADER_BYTES,
+                        bounced: 0,
+                    }))
+                }
+            };
+            match prepared {
+                Ok(Prepared::Ready(data)) => job.data = data,
+                Ok(Prepared::Later) => {
+                    self.hungry.push_back(id);
+                    return;
+                }
+                Ok(Prepared::Forgotten) => {
+                    self.ended.push((id, None));
+                    return;
+                }
+                Ok(Prepared::Failed(errno)) => {
+                    self.ended.push((id, Some(errno)));
+                    return;
+                }
+                Err(_) => {
+                    self.ended.push((id, Some(Errno::EFAULT)));
+                    return;
+                }
+            }
+        }
+        let (fd, offset) = (image.fd(), job.request.sector * SECTOR_BYTES + done as u64);
+        let from = job.data.from + done;
+        if kind == Kind::Write {
+            crash::point("blk.write.before");
+        }
+        match (kind, std::mem::take(&mut job.data.buffer)) {
+            (Kind::Write, Buffer::Guest(buffer)) => io.write_guest(fd, offset, buffer, self.write_through, id),
+            (_, Buffer::Guest(buffer)) => io.read_guest(fd, offset, buffer, id),
+            (Kind::Write, buffer) => {
+                io.write(
+                    fd,
+                    offset,
+                    buffer.into_bytes(),
+                    from,
+                    length - done,
+                    self.write_through,
+                    id,
+                );
+            }
+            (_, buffer) => io.read(fd, offset, buffer.into_bytes(), from, length - done, id),
+        }
+    }
+
+    /// A completion without a job, or one whose data is in guest memory.
     fn report(&mut self, id: u64, queue: u16, status: u8, data: &[u8]) {
-        let mut completion = self.spare.pop().unwrap_or_default();
-        completion.clear();
-        completion.extend_from_slice(&completion_header(id, status, data.len() as u32));
+        let header = completion_header(id, status, data.len() as u32);
+        if self.life == Life::Alone {
+            let batch = &mut self.batches[usize::from(queue)];
+            batch.extend_from_slice(&header);
+            batch.extend_from_slice(data);
+            return;
+        }
+        let mut completion = self.buffers.take();
+        completion.extend_from_slice(&header);
         completion.extend_from_slice(data);
         self.done.push_back(Done { id, queue, completion });
     }
 
     fn finish_job(&mut self, id: u64, result: Result<(), io::Error>, io: &mut Uring) -> Result<(), End> {
-        let Job { mut request, .. } = self.jobs.remove(&id).expect("it just completed");
+        let Job { request, mut data, .. } = self.jobs.remove(&id).expect("it just completed");
         let Request {
             kind,
             queue,
@@ -219,34 +336,54 @@ impl Disk {
             }
         };
         match kind {
-            Kind::Write => {
-                crash::point("blk.write.after");
-                self.bounce_bytes -= request.length as usize;
-                self.guest.recycle(std::mem::take(&mut request.data));
-            }
+            Kind::Write => crash::point("blk.write.after"),
             Kind::Flush => crash::point("blk.flush.after"),
             _ => {}
         }
         // The guest may have reset the device, or the log may have completed the request already.
         if self.guest.is_outstanding(id) {
-            if kind == Kind::Read && status == STATUS_OK {
-                let mut completion = std::mem::take(&mut request.data);
-                completion[..COMPLETION_HEADER_BYTES].copy_from_slice(&completion_header(id, status, length));
-                if !BOUNCE {
-                    self.guest.write_ahead(id, &completion[COMPLETION_HEADER_BYTES..])?;
+            let brings = kind == Kind::Read && status == STATUS_OK;
+            match std::mem::take(&mut data.buffer) {
+                Buffer::Guest(buffer) if brings => {
+                    self.guest.arrived(id);
+                    data.buffer = Buffer::Guest(buffer);
+                    self.report(id, queue, status, &[]);
                 }
-                self.done.push_back(Done { id, queue, completion });
-            } else {
-                self.report(id, queue, status, &[]);
+                Buffer::Bytes(bytes) if brings && self.life == Life::Alone => {
+                    let _: Result<(), RingError> = self.guest.write_ahead(id, &bytes[data.from..][..length as usize]);
+                    data.buffer = Buffer::Bytes(bytes);
+                    self.report(id, queue, status, &[]);
+                }
+                Buffer::Bytes(mut completion) if brings => {
+                    completion[..COMPLETION_HEADER_BYTES].copy_from_slice(&completion_header(id, status, length));
+                    if !BOUNCE {
+                        self.guest.write_ahead(id, &completion[COMPLETION_HEADER_BYTES..])?;
+                    }
+                    self.done.push_back(Done { id, queue, completion });
+                }
+                other => {
+                    data.buffer = other;
+                    self.report(id, queue, status, &[]);
+                }
             }
         }
-        self.recycle(request.data);
+        self.buffers.release(data);
         let mut startable = std::mem::take(&mut self.startable);
         self.schedule.finish(id, &mut startable);
+        startable.extend(self.hungry.pop_front());
         for id in startable.drain(..) {
             self.start_job(id, io);
         }
         self.startable = startable;
+        Ok(())
+    }
+
+    /// Ends the jobs that could not start, and those that wait for the end of them.
+    fn finish_ended(&mut self, io: &mut Uring) -> Result<(), End> {
+        while let Some((id, errno)) = self.ended.pop() {
+            let result = errno.map_or(Ok(()), |errno| Err(errno.into()));
+            self.finish_job(id, result, io)?;
+        }
         Ok(())
     }
 }
@@ -291,9 +428,12 @@ impl Device for Disk {
         Ok(config)
     }
 
-    fn start(&mut self, life: Life, _io: &mut Uring) -> Result<(), End> {
+    fn start(&mut self, life: Life, io: &mut Uring) -> Result<(), End> {
         self.life = life;
-        Ok(())
+        if life == Life::Alone {
+            self.guest.copy_nothing();
+        }
+        io.register(self.image.fd()).map_err(End::environment)
     }
 
     fn perform(&mut self, _marker: Option<Lsn>, io: &mut Uring) -> Result<(), End> {
@@ -303,7 +443,7 @@ impl Device for Disk {
             self.take(request, io);
         }
         self.requests = requests;
-        Ok(())
+        self.finish_ended(io)
     }
 
     fn complete(&mut self, completion: Completion, io: &mut Uring) -> Result<(), End> {
@@ -313,7 +453,7 @@ impl Device for Disk {
             buffer,
         } = completion;
         let job = self.jobs.get_mut(&id).expect("the ring completes what was submitted");
-        job.request.data = buffer;
+        job.data.buffer = buffer;
         let is_zeroing = matches!(job.request.kind, Kind::WriteZeroes { .. });
         let result = match u32::try_from(result) {
             Err(_) => Err(io::Error::from_raw_os_error(-result)),
@@ -323,6 +463,9 @@ impl Device for Disk {
             Ok(bytes) => {
                 job.done += bytes as usize;
                 if job.done < job.request.length as usize {
+                    if let Buffer::Guest(buffer) = &mut job.data.buffer {
+                        buffer.skip(bytes as usize);
+                    }
                     self.start_job(id, io);
                     return Ok(());
                 }
@@ -339,11 +482,29 @@ impl Device for Disk {
                 self.start_job(id, io);
                 Ok(())
             }
-            result => self.finish_job(id, result, io),
+            Err(error) if self.life == Life::Alone && self.policy.on_enospc == OnEnospc::Stop && is_full(&error) => {
+                if self.starving.is_empty() {
+                    let sector = job.request.sector;
+                    warn!(sector, %error, "a write waits: it is tried again every second. Make space for the image");
+                }
+                self.starving.push(id);
+                Ok(())
+            }
+            result => {
+                self.finish_job(id, result, io)?;
+                self.finish_ended(io)
+            }
         }
     }
 
     fn take_input(&mut self, _io: &mut Uring) -> Result<Option<Input>, End> {
+        if self.life == Life::Alone {
+            let waits = self.batches.iter().position(|batch| !batch.is_empty());
+            return Ok(waits.map(|queue| Input {
+                queue: queue as u16,
+                payload: std::mem::replace(&mut self.batches[queue], self.buffers.take()),
+            }));
+        }
         let Some(Done {
             completion: mut payload,
             queue,
@@ -365,9 +526,7 @@ impl Device for Disk {
     }
 
     fn recycle(&mut self, payload: Vec<u8>) {
-        if (1..ZEROES_BYTES).contains(&payload.capacity()) && self.spare.len() < SPARE_BUFFERS {
-            self.spare.push(payload);
-        }
+        self.buffers.recycle(payload);
     }
 
     fn followed(&mut self) {
@@ -392,7 +551,31 @@ impl Device for Disk {
     }
 
     fn has_room(&self) -> bool {
-        self.bounce_bytes < BOUNCE_BYTES_MAX
+        self.buffers.bounced < BOUNCE_BYTES_MAX
+    }
+
+    fn tick(&mut self, now_ns: u64, io: &mut Uring, _events: &mut Events) -> Result<Option<u64>, End> {
+        if self.starving.is_empty() {
+            self.retry_at_ns = now_ns + RETRY_NS;
+            return Ok(None);
+        }
+        if now_ns >= self.retry_at_ns {
+            self.retry_at_ns = now_ns + RETRY_NS;
+            for id in std::mem::take(&mut self.starving) {
+                self.start_job(id, io);
+            }
+        }
+        Ok(Some(self.retry_at_ns))
+    }
+
+    fn give_up(&mut self, io: &mut Uring) -> Result<(), End> {
+        let starving = std::mem::take(&mut self.starving).into_iter();
+        self.ended.extend(starving.map(|id| (id, Some(Errno::ENOSPC))));
+        self.finish_ended(io)
+    }
+
+    fn poll_ns_max(&self) -> u64 {
+        self.policy.poll_ns_max
     }
 
     fn is_idle(&self) -> bool {

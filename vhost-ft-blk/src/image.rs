@@ -5,7 +5,7 @@ use std::{
     io::{self, Seek, SeekFrom},
     os::{
         fd::{AsRawFd, RawFd},
-        unix::fs::FileExt,
+        unix::fs::{FileExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
@@ -34,6 +34,9 @@ pub const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 /// How often it looks: fcntl(2) has no wait with a limit.
 const LOCK_RETRY: Duration = Duration::from_millis(10);
 
+/// What direct I/O may want, smallest first.
+const ALIGNMENTS: [usize; 4] = [512, 1024, 2048, 4096];
+
 /// Why an image cannot be used.
 #[derive(Debug, Error)]
 pub enum ImageError {
@@ -44,6 +47,21 @@ pub enum ImageError {
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// Its file system knows no direct I/O.
+    #[error("the file system of image {0} has no direct I/O: leave --direct out")]
+    NoDirect(PathBuf),
+    /// Blocks too small for direct I/O.
+    #[error(
+        "direct I/O on image {path} wants blocks of {alignment} bytes and the disk has {block_bytes}: --block-size {alignment}, or leave --direct out"
+    )]
+    Alignment {
+        /// Image.
+        path: PathBuf,
+        /// What is wanted.
+        alignment: usize,
+        /// Bytes of a logical block.
+        block_bytes: u32,
     },
     /// Somebody else uses it.
     #[error("image {0} is locked: another process uses it")]
@@ -63,6 +81,15 @@ pub enum ImageError {
     },
 }
 
+/// How an image is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Access {
+    /// For reading only.
+    pub read_only: bool,
+    /// Past the page cache.
+    pub direct: bool,
+}
+
 /// For how long an image is ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Locking {
@@ -77,6 +104,7 @@ pub enum Locking {
 pub struct Image {
     path: PathBuf,
     file: File,
+    alignment: usize,
     locking: Locking,
     patience: Duration,
     /// Devices that hold the lock, of all clones of this image.
@@ -97,7 +125,7 @@ impl Image {
     /// [`ImageError`].
     pub fn open(
         path: &Path,
-        read_only: bool,
+        access: Access,
         block_bytes: u32,
         locking: Locking,
         patience: Duration,
@@ -106,7 +134,17 @@ impl Image {
             path: path.into(),
             source,
         };
-        let mut file = File::options().read(true).write(!read_only).open(path).map_err(open)?;
+        let Access { read_only, direct } = access;
+        let flags = if direct { libc::O_DIRECT } else { 0 };
+        let opened = File::options()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(flags)
+            .open(path);
+        let mut file = opened.map_err(|source| match (direct, source.raw_os_error()) {
+            (true, Some(libc::EINVAL)) => ImageError::NoDirect(path.into()),
+            _ => open(source),
+        })?;
         if locking == Locking::Life {
             lock_patiently(&file, read_only, patience).map_err(|errno| match errno {
                 Errno::EAGAIN | Errno::EACCES => ImageError::Locked(path.into()),
@@ -125,8 +163,21 @@ impl Image {
                 block_bytes,
             });
         }
+        let alignment = if direct {
+            alignment(&file, bytes).map_err(open)?
+        } else {
+            1
+        };
+        if alignment > block_bytes as usize {
+            return Err(ImageError::Alignment {
+                path: path.into(),
+                alignment,
+                block_bytes,
+            });
+        }
         Ok(Self {
             path: path.into(),
+            alignment,
             file,
             locking,
             patience,
@@ -238,6 +289,12 @@ impl Image {
         self.file.as_raw_fd()
     }
 
+    /// Where in memory the data of an I/O must begin and end: multiples of this.
+    #[must_use]
+    pub fn alignment(&self) -> usize {
+        self.alignment
+    }
+
     /// Another handle on the same open image; the lock lasts as long as either.
     ///
     /// # Errors
@@ -291,6 +348,29 @@ impl Image {
     }
 }
 
+/// What O_DIRECT wants of offsets, lengths and addresses, found by trying: file systems that cannot tell are many.
+fn alignment(file: &File, bytes: u64) -> io::Result<usize> {
+    let mut buffer = vec![0; 4 * ALIGNMENTS[ALIGNMENTS.len() - 1]];
+    for alignment in ALIGNMENTS {
+        // Not at a multiple of the next larger one, in memory as on the disk, if the image is that long.
+        let from = buffer.as_ptr().align_offset(2 * alignment) + alignment;
+        let offset = if bytes >= 2 * alignment as u64 {
+            alignment as u64
+        } else {
+            0
+        };
+        match file.read_at(&mut buffer[from..from + alignment], offset) {
+            Ok(_) => return Ok(alignment),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::new(
+        io::ErrorKind::Unsupported,
+        "direct I/O wants blocks beyond 4096 bytes: leave --direct out",
+    ))
+}
+
 /// Bytes of an image. A block device has its size here too, not in its metadata.
 fn measure(file: &mut File) -> io::Result<u64> {
     file.seek(SeekFrom::End(0))
@@ -325,6 +405,15 @@ mod tests {
 
     use super::*;
 
+    const WRITES: Access = Access {
+        read_only: false,
+        direct: false,
+    };
+    const READS: Access = Access {
+        read_only: true,
+        direct: false,
+    };
+
     fn image(bytes: u64) -> tempfile::NamedTempFile {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(bytes).unwrap();
@@ -334,21 +423,21 @@ mod tests {
     #[test]
     fn a_second_writer_is_locked_out_and_readers_share() {
         let file = image(1024);
-        let first = Image::open(file.path(), false, 512, Locking::Life, Duration::ZERO).unwrap();
+        let first = Image::open(file.path(), WRITES, 512, Locking::Life, Duration::ZERO).unwrap();
         assert_eq!(first.sectors(), 2);
         assert!(matches!(
-            Image::open(file.path(), false, 512, Locking::Life, Duration::ZERO),
+            Image::open(file.path(), WRITES, 512, Locking::Life, Duration::ZERO),
             Err(ImageError::Locked(_))
         ));
         assert!(matches!(
-            Image::open(file.path(), true, 512, Locking::Life, Duration::ZERO),
+            Image::open(file.path(), READS, 512, Locking::Life, Duration::ZERO),
             Err(ImageError::Locked(_))
         ));
         drop(first);
-        let _reader = Image::open(file.path(), true, 512, Locking::Life, Duration::ZERO).unwrap();
-        let _other = Image::open(file.path(), true, 512, Locking::Life, Duration::ZERO).unwrap();
+        let _reader = Image::open(file.path(), READS, 512, Locking::Life, Duration::ZERO).unwrap();
+        let _other = Image::open(file.path(), READS, 512, Locking::Life, Duration::ZERO).unwrap();
         assert!(matches!(
-            Image::open(file.path(), false, 512, Locking::Life, Duration::ZERO),
+            Image::open(file.path(), WRITES, 512, Locking::Life, Duration::ZERO),
             Err(ImageError::Locked(_))
         ));
     }
@@ -356,7 +445,7 @@ mod tests {
     #[test]
     fn an_image_of_two_daemons_is_locked_by_the_one_that_uses_it() {
         let file = image(1024);
-        let open = || Image::open(file.path(), false, 512, Locking::WhileAttached, Duration::ZERO).unwrap();
+        let open = || Image::open(file.path(), WRITES, 512, Locking::WhileAttached, Duration::ZERO).unwrap();
         let (mut here, mut there) = (open(), open());
         let mut second = here.try_clone().unwrap();
         here.attach().unwrap();
@@ -377,14 +466,14 @@ mod tests {
     #[test]
     fn sizes_that_are_no_disk_are_refused() {
         for bytes in [0, 100, 511] {
-            let refused = Image::open(image(bytes).path(), false, 512, Locking::Life, Duration::ZERO);
+            let refused = Image::open(image(bytes).path(), WRITES, 512, Locking::Life, Duration::ZERO);
             assert!(matches!(refused, Err(ImageError::TooSmall(_))));
         }
-        let refused = Image::open(image(1000).path(), false, 512, Locking::Life, Duration::ZERO);
+        let refused = Image::open(image(1000).path(), WRITES, 512, Locking::Life, Duration::ZERO);
         assert!(matches!(refused, Err(ImageError::PartBlock { bytes: 1000, .. })));
         let refused = Image::open(
             Path::new("/nonexistent/image"),
-            false,
+            WRITES,
             512,
             Locking::Life,
             Duration::ZERO,
@@ -395,7 +484,7 @@ mod tests {
     #[test]
     fn an_image_grows_on_demand_and_is_measured_again() {
         let file = image(4096);
-        let mut open = Image::open(file.path(), false, 4096, Locking::Life, Duration::ZERO).unwrap();
+        let mut open = Image::open(file.path(), WRITES, 4096, Locking::Life, Duration::ZERO).unwrap();
         open.resize(Some(8192)).unwrap();
         assert_eq!((open.sectors(), file.as_file().metadata().unwrap().len()), (16, 8192));
         assert!(open.resize(Some(4096)).unwrap_err().contains("not made smaller"));
@@ -414,7 +503,7 @@ mod tests {
             let mut file = image(0);
             file.write_all(content).unwrap();
             file.as_file().set_len(bytes).unwrap();
-            Image::open(file.path(), false, 512, Locking::Life, Duration::ZERO)
+            Image::open(file.path(), WRITES, 512, Locking::Life, Duration::ZERO)
                 .unwrap()
                 .fingerprint()
                 .unwrap()
@@ -430,7 +519,7 @@ mod tests {
         let mut file = image(large);
         file.write_all(b"x").unwrap();
         file.as_file().write_all_at(b"z", large - 1).unwrap();
-        let end = Image::open(file.path(), false, 512, Locking::Life, Duration::ZERO)
+        let end = Image::open(file.path(), WRITES, 512, Locking::Life, Duration::ZERO)
             .unwrap()
             .fingerprint()
             .unwrap();

@@ -102,9 +102,8 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
     // A TAP that is missing is better noticed now than when a failover wants it.
     tap.check().map_err(End::environment)?;
     let options = conventions.options();
-    daemon::serve(&options, "vhost-ft-net", Nic::new(tap, mac.0), signals, || {
-        Ok(fingerprint(mac))
-    })
+    let make = move || Ok(Nic::new(tap.clone(), mac.0));
+    daemon::serve(&options, "vhost-ft-net", 1, make, signals, || Ok(fingerprint(mac)))
 }
 
 #[cfg(test)]

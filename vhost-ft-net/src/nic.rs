@@ -302,7 +302,7 @@ impl Device for Nic {
         true
     }
 
-    fn tick(&mut self, now_ns: u64, events: &mut Events) -> Result<Option<u64>, End> {
+    fn tick(&mut self, now_ns: u64, _io: &mut Uring, events: &mut Events) -> Result<Option<u64>, End> {
         if self.repeats.take_due(now_ns) {
             self.announce();
         }

@@ -20,7 +20,7 @@ use crate::{
     device::{Device, Uring, alone::Alone, gated::Gated},
     exit::{End, Status},
     service::Service,
-    session::{self, ConfigSpace, Description, Frontends, Listener, Source, operator},
+    session::{self, CommandReceiver, CommandSender, ConfigSpace, Description, Frontends, Listener, Source, operator},
     shared_file,
 };
 
@@ -126,14 +126,26 @@ pub struct Options {
     pub control: Option<PathBuf>,
 }
 
-/// Serves `device` until the end. `fingerprint` names what must be equal on both hosts; it is asked for only where there are two.
+/// Makes the device, or the part of it that one of several threads has: all parts know all queues, and each serves its own.
+pub trait MakeDevice: Fn() -> Result<Self::Device, End> + Send + Sync + 'static {
+    /// What it makes.
+    type Device: Device;
+}
+
+impl<D: Device, F: Fn() -> Result<D, End> + Send + Sync + 'static> MakeDevice for F {
+    type Device = D;
+}
+
+/// Serves a device until the end, alone with `threads` threads. `fingerprint` names what must be equal on both hosts; it is asked for
+/// only where there are two.
 ///
 /// # Errors
 /// [`End`].
-pub fn serve<D: Device>(
+pub fn serve(
     options: &Options,
     source: &'static str,
-    mut device: D,
+    threads: usize,
+    make: impl MakeDevice,
     signals: Signals,
     fingerprint: impl FnOnce() -> Result<[u8; 32], End>,
 ) -> Result<(), End> {
@@ -143,24 +155,53 @@ pub fn serve<D: Device>(
     })?;
     shared_file::end_clearly_on_sigbus().map_err(End::environment)?;
     let frontends = Frontends::open(&options.source).map_err(End::environment)?;
-    let control = options
-        .control
-        .as_deref()
-        .map(Listener::bind)
-        .transpose()
-        .map_err(End::environment)?;
-    let (sender, mut receivers) = session::channel(1).map_err(End::environment)?;
-    let commands = receivers.remove(0);
-    let sender = Arc::new(sender);
+    let control = options.control.as_deref().map(Listener::bind);
+    let control = control.transpose().map_err(End::environment)?;
+    let mut device = make()?;
     let guest = device.guest();
+    let alone = options.membership.is_none();
     let description = Description {
         features: guest.features(),
         config: ConfigSpace::new(guest.config()),
         queues: guest.queue_count(),
-        tracks_inflight: options.membership.is_none() && guest.tracks_inflight(),
-        alone: options.membership.is_none(),
+        tracks_inflight: alone && guest.tracks_inflight(),
+        alone,
     };
-    if let Some(control) = &control {
+    let (sender, receivers) = session::channel(if alone { threads } else { 1 }).map_err(End::environment)?;
+    start_control(&frontends, control.as_ref(), description, sender)?;
+    info!(socket = %options.source, "listening");
+    let service = Service::from_environment();
+    service.ready();
+    match &options.membership {
+        None => serve_alone(source, device, make, receivers, signals, events, service),
+        Some(Membership {
+            ft_log,
+            vm,
+            device: name,
+        }) => {
+            let fingerprint = fingerprint()?;
+            let (ft_log, vm, name) = (ft_log.clone(), vm.clone(), name.clone());
+            match signals.unless_asked_to_end(move || handshake::join_device(&ft_log, &vm, &name, &fingerprint))? {
+                None => Ok(()),
+                Some(joined) => {
+                    let joined = joined.map_err(End::environment)?;
+                    let commands = receivers.into_iter().next().expect("there is one thread");
+                    Gated::new(device, joined, commands, signals, events, service)?.run()
+                }
+            }
+        }
+    }
+}
+
+/// Starts the threads that talk to frontends and operators.
+fn start_control(
+    frontends: &Frontends,
+    control: Option<&Listener>,
+    description: Description,
+    sender: CommandSender,
+) -> Result<(), End> {
+    let sender = Arc::new(sender);
+    if let Some(control) = control {
         let listener = control.try_clone().map_err(End::environment)?;
         let (config, sender) = (description.config.clone(), Arc::clone(&sender));
         std::thread::Builder::new()
@@ -173,25 +214,49 @@ pub fn serve<D: Device>(
         .name("control".into())
         .spawn(move || session::serve(accepting, &description, &sender))
         .map_err(End::environment)?;
-    info!(socket = %options.source, "listening");
-    let service = Service::from_environment();
-    service.ready();
-    match &options.membership {
-        None => Alone::new(device, commands, signals, events, service)?.run(),
-        Some(Membership {
-            ft_log,
-            vm,
-            device: name,
-        }) => {
-            let fingerprint = fingerprint()?;
-            let (ft_log, vm, name) = (ft_log.clone(), vm.clone(), name.clone());
-            match signals.unless_asked_to_end(move || handshake::join_device(&ft_log, &vm, &name, &fingerprint))? {
-                None => Ok(()),
-                Some(joined) => {
-                    let joined = joined.map_err(End::environment)?;
-                    Gated::new(device, joined, commands, signals, events, service)?.run()
-                }
+    Ok(())
+}
+
+/// One loop for each receiver, the first one here; over when the first is.
+fn serve_alone(
+    source: &'static str,
+    device: impl Device,
+    make: impl MakeDevice,
+    receivers: Vec<CommandReceiver>,
+    signals: Signals,
+    events: Events,
+    service: Service,
+) -> Result<(), End> {
+    let signals = Arc::new(signals);
+    let make = Arc::new(make);
+    let mut receivers = receivers.into_iter();
+    let commands = receivers.next().expect("there is a thread");
+    let mut threads = Vec::new();
+    // Rung by a thread that failed: the others end too.
+    let failed = EventFd::new(EFD_NONBLOCK).map_err(End::environment)?;
+    for (number, commands) in (1..).zip(receivers) {
+        let (make, signals) = (Arc::clone(&make), Arc::clone(&signals));
+        let (bell, failed) = (
+            failed.try_clone().map_err(End::environment)?,
+            failed.try_clone().map_err(End::environment)?,
+        );
+        let run = move || {
+            let result = make().and_then(|device| {
+                // The first thread speaks to the service manager, and tells of events.
+                let events = Events::open(source, None).map_err(End::environment)?;
+                Alone::new(device, commands, signals, failed, events, Service::silent())?.run()
+            });
+            if result.is_err() {
+                let _ = bell.write(1);
             }
-        }
+            result
+        };
+        let thread = std::thread::Builder::new().name(format!("io-{number}")).spawn(run);
+        threads.push(thread.map_err(End::environment)?);
     }
+    let mut result = Alone::new(device, commands, signals, failed, events, service)?.run();
+    for thread in threads {
+        result = result.and(thread.join().expect("a panic aborts the process"));
+    }
+    result
 }

@@ -13,6 +13,7 @@ use tracing::warn;
 /// The service manager of this process, if it has one.
 #[derive(Debug)]
 pub struct Service {
+    speaks: bool,
     watchdog_every_ns: Option<u64>,
     watchdog_due_ns: u64,
 }
@@ -25,8 +26,18 @@ impl Service {
         Self::new(interval.map(|interval| interval.as_nanos() as u64 / 2))
     }
 
+    /// No service manager: for the threads that leave it to another.
+    #[must_use]
+    pub fn silent() -> Self {
+        Self {
+            speaks: false,
+            ..Self::new(None)
+        }
+    }
+
     fn new(watchdog_every_ns: Option<u64>) -> Self {
         Self {
+            speaks: true,
             watchdog_every_ns,
             watchdog_due_ns: 0,
         }
@@ -39,7 +50,9 @@ impl Service {
 
     /// The daemon drains and ends.
     pub fn stopping(&self) {
-        tell(NotifyState::Stopping);
+        if self.speaks {
+            tell(NotifyState::Stopping);
+        }
     }
 
     /// Feeds the watchdog when it is due; gives when to be called again.

@@ -1,12 +1,14 @@
 //! Life without ft-log, under any vhost-user frontend: the guest's notifications come by eventfd, what arrives is delivered at once.
 
-use std::os::fd::AsRawFd;
+use std::{os::fd::AsRawFd, sync::Arc};
 
 use ft_client::events::{Events, monotonic_ns};
 use tracing::{error, info};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Completion, Device, Input, LOOP_TOKENS, Life, Uring, earliest, until, uring::PollHandle};
+use super::{
+    Completion, Device, Input, LOOP_TOKENS, Life, Uring, earliest, patience::Patience, until, uring::PollHandle,
+};
 use crate::{
     daemon::Signals,
     exit::End,
@@ -17,6 +19,7 @@ use crate::{
 
 const TOKEN_COMMANDS: u64 = LOOP_TOKENS;
 const TOKEN_SIGNALS: u64 = LOOP_TOKENS + 1;
+const TOKEN_FAILED: u64 = LOOP_TOKENS + 2;
 /// Token of a queue's kick: base, queue in the low 16 bits, number of its start above.
 const TOKEN_KICK: u64 = LOOP_TOKENS + (1 << 62);
 
@@ -58,7 +61,9 @@ pub struct Alone<D> {
     device: D,
     io: Uring,
     commands: CommandReceiver,
-    signals: Signals,
+    signals: Arc<Signals>,
+    /// Readable when another thread of the device failed.
+    failed: EventFd,
     events: Events,
     service: Service,
     lines: Vec<Line>,
@@ -75,7 +80,8 @@ impl<D: Device> Alone<D> {
     pub fn new(
         mut device: D,
         commands: CommandReceiver,
-        signals: Signals,
+        signals: Arc<Signals>,
+        failed: EventFd,
         events: Events,
         service: Service,
     ) -> Result<Self, End> {
@@ -85,6 +91,7 @@ impl<D: Device> Alone<D> {
             io: Uring::new().map_err(End::environment)?,
             commands,
             signals,
+            failed,
             events,
             service,
             lines,
@@ -101,26 +108,63 @@ impl<D: Device> Alone<D> {
     pub fn run(mut self) -> Result<(), End> {
         self.io.poll(self.commands.bell(), TOKEN_COMMANDS);
         self.io.poll(self.signals.as_raw_fd(), TOKEN_SIGNALS);
+        self.io.poll(self.failed.as_raw_fd(), TOKEN_FAILED);
         self.device.start(Life::Alone, &mut self.io)?;
+        let mut patience = Patience::new(self.device.poll_ns_max());
+        // Whether the rings are looked at without being told; the drivers are asked to tell before this thread sleeps.
+        let mut looking = false;
         loop {
+            let mut worked = false;
             while let Some(completion) = self.io.next_completion() {
                 self.dispatch(completion)?;
+                worked = true;
             }
-            self.drain_kicked()?;
-            self.deliver()?;
-            self.answer_idle();
+            worked |= if looking { self.look()? } else { self.drain_kicked()? };
+            worked |= self.deliver()?;
+            self.answer_idle()?;
             if self.ending && self.device.is_idle() {
                 info!("drained; the end");
                 return Ok(());
             }
             let now = monotonic_ns();
-            let deadline = earliest(self.device.tick(now, &mut self.events)?, self.service.tick(now));
-            if self.lines.iter().any(|line| line.kicked && line.serves) {
+            let deadline = earliest(
+                self.device.tick(now, &mut self.io, &mut self.events)?,
+                self.service.tick(now),
+            );
+            let more = self.lines.iter().any(|line| line.kicked && line.serves) && self.device.has_room();
+            if worked || more {
+                patience.busy(now);
                 self.io.submit();
+            } else if patience.looks_again(now) {
+                looking = true;
+                self.io.submit();
+                std::hint::spin_loop();
+            } else if looking {
+                // Asks to be told, and finds what came before that.
+                self.lines.iter_mut().for_each(|line| line.kicked = true);
+                looking = false;
             } else {
                 self.io.wait(until(deadline, now));
             }
         }
+    }
+
+    /// Takes what is in the rings. Nobody is asked to tell of more.
+    fn look(&mut self) -> Result<bool, End> {
+        let mut some = false;
+        for queue in 0..self.lines.len() {
+            if !self.lines[queue].serves || !self.device.has_room() {
+                continue;
+            }
+            self.lines[queue].kicked = false;
+            let found = self.device.guest().poll(queue as u16);
+            some |= found != Ok(false);
+            self.device.perform(None, &mut self.io)?;
+            if let Err(reason) = found {
+                self.settle(queue, Err(reason));
+            }
+        }
+        Ok(some)
     }
 
     fn dispatch(&mut self, completion: Completion) -> Result<(), End> {
@@ -135,14 +179,11 @@ impl<D: Device> Alone<D> {
                 info!("asked to end: draining");
                 self.end();
             }
+            TOKEN_FAILED => self.end(),
             token if token >= TOKEN_KICK => {
                 let queue = (token & 0xffff) as usize;
                 let line = &mut self.lines[queue];
                 if token == line.token(queue) && completion.result >= 0 {
-                    if let Some(kick) = &line.kick {
-                        let _ = kick.read();
-                        line.poll = Some(self.io.poll(kick.as_raw_fd(), token));
-                    }
                     line.kicked = true;
                 }
             }
@@ -240,7 +281,7 @@ impl<D: Device> Alone<D> {
         let line = &mut self.lines[queue];
         line.starts = line.starts.wrapping_add(1);
         let token = line.token(queue);
-        line.poll = kick.as_ref().map(|kick| self.io.poll(kick.as_raw_fd(), token));
+        line.poll = kick.as_ref().map(|kick| self.io.poll_always(kick.as_raw_fd(), token));
         (line.kick, line.call, line.error) = (kick, call, error);
         line.serves = !self.ending;
         // The driver may have filled the ring before anybody listened.
@@ -259,7 +300,8 @@ impl<D: Device> Alone<D> {
         }
     }
 
-    fn drain_kicked(&mut self) -> Result<(), End> {
+    fn drain_kicked(&mut self) -> Result<bool, End> {
+        let mut some = false;
         for queue in 0..self.lines.len() {
             let line = &mut self.lines[queue];
             if !line.serves || !line.kicked || !self.device.has_room() {
@@ -267,14 +309,16 @@ impl<D: Device> Alone<D> {
             }
             line.kicked = false;
             let outcome = self.device.guest().kick(queue as u16);
+            some |= outcome.as_ref().is_ok_and(|outcome| outcome.found);
             // What was drained before an error is performed all the same.
             self.device.perform(None, &mut self.io)?;
             self.settle(queue, outcome);
         }
-        Ok(())
+        Ok(some)
     }
 
-    fn deliver(&mut self) -> Result<(), End> {
+    fn deliver(&mut self) -> Result<bool, End> {
+        let before = self.sequence;
         while let Some(Input { queue, payload }) = self.device.take_input(&mut self.io)? {
             if self.device.guest().is_configured(queue) {
                 self.sequence += 1;
@@ -283,7 +327,7 @@ impl<D: Device> Alone<D> {
             }
             self.device.recycle(payload);
         }
-        Ok(())
+        Ok(self.sequence != before)
     }
 
     /// Interrupts the guest if it is due, and stops a queue that its driver broke; the others go on.
@@ -309,12 +353,16 @@ impl<D: Device> Alone<D> {
     }
 
     /// Answers what waits for the device to be idle.
-    fn answer_idle(&mut self) {
+    fn answer_idle(&mut self) -> Result<(), End> {
+        if self.waiting.is_some() || self.ending {
+            self.device.give_up(&mut self.io)?;
+            self.deliver()?;
+        }
         if !self.device.is_idle() {
-            return;
+            return Ok(());
         }
         let Some((waits, reply)) = self.waiting.take() else {
-            return;
+            return Ok(());
         };
         let guest = self.device.guest();
         let answer = match waits {
@@ -333,5 +381,6 @@ impl<D: Device> Alone<D> {
             }
         };
         reply.answer(Ok(answer));
+        Ok(())
     }
 }

@@ -165,7 +165,10 @@ impl<D: Device> Gated<D> {
     /// Sleeps until there is something to do. What was said before the sleep is looked at once more after announcing it.
     fn sleep(&mut self) -> Result<(), End> {
         let now = monotonic_ns();
-        let deadline = earliest(self.device.tick(now, &mut self.events)?, self.service.tick(now));
+        let deadline = earliest(
+            self.device.tick(now, &mut self.io, &mut self.events)?,
+            self.service.tick(now),
+        );
         self.gate.set_sleeping(true);
         if self.gate.is_pending() && self.withheld.is_none() {
             self.io.submit();

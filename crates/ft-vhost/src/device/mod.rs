@@ -13,9 +13,10 @@ use crate::{exit::End, guest_side::GuestSide};
 
 pub mod alone;
 pub mod gated;
+mod patience;
 pub mod uring;
 
-pub use uring::{Completion, Fallocate, Uring};
+pub use uring::{Buffer, Completion, Fallocate, GuestBuffer, Uring};
 
 /// Tokens from here on belong to the loop; a device uses smaller ones.
 pub const LOOP_TOKENS: u64 = 1 << 63;
@@ -131,8 +132,21 @@ pub trait Device {
     ///
     /// # Errors
     /// [`End`].
-    fn tick(&mut self, _now_ns: u64, _events: &mut Events) -> Result<Option<u64>, End> {
+    fn tick(&mut self, _now_ns: u64, _io: &mut Uring, _events: &mut Events) -> Result<Option<u64>, End> {
         Ok(None)
+    }
+
+    /// Somebody waits for the device to be idle: what waits for better times ends with an error.
+    ///
+    /// # Errors
+    /// [`End`].
+    fn give_up(&mut self, _io: &mut Uring) -> Result<(), End> {
+        Ok(())
+    }
+
+    /// How long, at most, to look for more work before sleeping: a wake-up costs more than a short wait.
+    fn poll_ns_max(&self) -> u64 {
+        0
     }
 }
 

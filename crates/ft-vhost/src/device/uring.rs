@@ -1,16 +1,99 @@
-//! The io_uring of the device thread, with an interface that cannot be misused.
+//! The io_uring of a device thread, with an interface that cannot be misused.
 //!
-//! A buffer belongs to the ring from submission to completion, so no code can touch or free what the kernel works on.
-//! This is the one home of `unsafe` of the data path.
+//! A buffer belongs to the ring from submission to completion, so no code can touch or free what the kernel works on; guest memory
+//! stays mapped as long. This is the one home of `unsafe` of the data path.
 
-use std::{io, os::fd::RawFd, time::Duration};
+use std::{io, os::fd::RawFd, sync::Arc, time::Duration};
 
 use io_uring::{
-    IoUring, opcode, squeue,
+    IoUring, cqueue, opcode, squeue,
     types::{Fd, FsyncFlags, SubmitArgs, Timespec},
 };
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use crate::guest_side::{dirty::GuestMemoryMmap, ring::Segment};
 
 const ENTRIES: u32 = 256;
+/// Index of the one registered file.
+const REGISTERED: RawFd = 0;
+
+/// Guest memory as the kernel is to read or write it.
+#[derive(Debug)]
+pub struct GuestBuffer {
+    /// Keeps the mapping that `parts` point into.
+    _mapping: Arc<GuestMemoryMmap>,
+    parts: Vec<libc::iovec>,
+}
+
+impl GuestBuffer {
+    /// The buffer that `segments` are; `parts` is memory for reuse. `None` if they are no longer guest memory, or too many pieces for
+    /// one system call.
+    #[must_use]
+    pub fn new(memory: Arc<GuestMemoryMmap>, segments: &[Segment], mut parts: Vec<libc::iovec>) -> Option<Self> {
+        parts.clear();
+        for segment in segments {
+            // A segment may go on from one region into the next.
+            for slice in memory.get_slices(GuestAddress(segment.address), segment.length as usize) {
+                let slice = slice.ok()?;
+                parts.push(libc::iovec {
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                });
+            }
+        }
+        (parts.len() <= libc::UIO_MAXIOV as usize).then_some(Self {
+            _mapping: memory,
+            parts,
+        })
+    }
+
+    /// Leaves out the first `bytes`, which are done.
+    pub fn skip(&mut self, mut bytes: usize) {
+        self.parts.retain_mut(|part| {
+            let done = bytes.min(part.iov_len);
+            bytes -= done;
+            part.iov_base = part.iov_base.wrapping_byte_add(done);
+            part.iov_len -= done;
+            part.iov_len != 0
+        });
+    }
+
+    /// Whether every piece begins and ends at a multiple of `alignment` in this process' memory.
+    #[must_use]
+    pub fn is_aligned(&self, alignment: usize) -> bool {
+        let aligned = |part: &libc::iovec| (part.iov_base.addr() | part.iov_len).is_multiple_of(alignment);
+        self.parts.iter().all(aligned)
+    }
+
+    /// The memory for the pieces of the next one.
+    #[must_use]
+    pub fn into_parts(self) -> Vec<libc::iovec> {
+        self.parts
+    }
+}
+
+/// What an operation works on.
+#[derive(Debug, Default)]
+pub enum Buffer {
+    /// Nothing.
+    #[default]
+    None,
+    /// Bytes of our own.
+    Bytes(Vec<u8>),
+    /// Guest memory.
+    Guest(GuestBuffer),
+}
+
+impl Buffer {
+    /// Our own bytes; none otherwise.
+    #[must_use]
+    pub fn into_bytes(self) -> Vec<u8> {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            _ => Vec::new(),
+        }
+    }
+}
 
 /// A finished operation.
 #[derive(Debug)]
@@ -19,14 +102,14 @@ pub struct Completion {
     pub token: u64,
     /// Its result: bytes, or a negative errno.
     pub result: i32,
-    /// Its buffer; empty for those without.
-    pub buffer: Vec<u8>,
+    /// What it worked on.
+    pub buffer: Buffer,
 }
 
 #[derive(Debug)]
 struct Operation {
     token: u64,
-    buffer: Vec<u8>,
+    buffer: Buffer,
 }
 
 /// What fallocate(2) does to a range.
@@ -51,6 +134,8 @@ pub struct Uring {
     ring: IoUring,
     operations: Vec<Option<Operation>>,
     free: Vec<usize>,
+    /// A file that is looked up once, not with each operation.
+    registered: Option<RawFd>,
 }
 
 impl std::fmt::Debug for Uring {
@@ -65,44 +150,79 @@ impl Uring {
     /// # Errors
     /// Where the kernel has no io_uring, or forbids it.
     pub fn new() -> io::Result<Self> {
-        let ring = IoUring::builder()
+        // Completions are worked up when this thread looks for them, and not by interrupting it. Kernels before 6.1 have only the other.
+        let deferred = IoUring::builder()
             .setup_single_issuer()
-            .setup_coop_taskrun()
-            .build(ENTRIES)
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .build(ENTRIES);
+        let ring = deferred
+            .or_else(|_| {
+                IoUring::builder()
+                    .setup_coop_taskrun()
+                    .setup_taskrun_flag()
+                    .build(ENTRIES)
+            })
             .map_err(|error| io::Error::new(error.kind(), format!("io_uring is not available: {error}")))?;
         Ok(Self {
             ring,
             operations: Vec::new(),
             free: Vec::new(),
+            registered: None,
         })
+    }
+
+    /// The file of most operations.
+    ///
+    /// # Errors
+    /// As io_uring_register(2).
+    pub fn register(&mut self, fd: RawFd) -> io::Result<()> {
+        self.ring.submitter().register_files(&[fd])?;
+        self.registered = Some(fd);
+        Ok(())
     }
 
     fn in_flight(&self) -> usize {
         self.operations.len() - self.free.len()
     }
 
-    /// Registers an operation and submits it to the queue. The entry must only point into `buffer`'s heap memory.
-    fn push(&mut self, token: u64, mut buffer: Vec<u8>, entry: impl FnOnce(&mut Vec<u8>) -> squeue::Entry) -> u64 {
-        let entry = entry(&mut buffer);
+    /// The place of an operation, which keeps its buffer until its completion.
+    fn place(&mut self, token: u64, buffer: Buffer) -> u64 {
         let operation = Some(Operation { token, buffer });
-        let slot = match self.free.pop() {
+        match self.free.pop() {
             Some(slot) => {
                 self.operations[slot] = operation;
-                slot
+                slot as u64
             }
             None => {
                 self.operations.push(operation);
-                self.operations.len() - 1
+                self.operations.len() as u64 - 1
             }
+        }
+    }
+
+    /// Registers an operation and submits it to the queue. The entry must only point into `buffer`'s heap memory, or at what it keeps.
+    fn push(&mut self, token: u64, buffer: Buffer, entry: squeue::Entry) -> u64 {
+        let slot = self.place(token, buffer);
+        self.push_entry(&entry.user_data(slot));
+        slot
+    }
+
+    /// The same, on a file that may be registered: `build` gives the entry for a descriptor.
+    fn push_file(&mut self, token: u64, fd: RawFd, buffer: Buffer, build: impl FnOnce(Fd) -> squeue::Entry) {
+        let entry = if self.registered == Some(fd) {
+            build(Fd(REGISTERED)).flags(squeue::Flags::FIXED_FILE)
+        } else {
+            build(Fd(fd))
         };
-        self.push_entry(&entry.user_data(slot as u64));
-        slot as u64
+        self.push(token, buffer, entry);
     }
 
     fn push_entry(&mut self, entry: &squeue::Entry) {
         loop {
-            // SAFETY: the entry points at nothing, or into a heap buffer that `operations` keeps unmoved and untouched until
-            // its completion (or for ever, see `Drop`).
+            // SAFETY: the entry points at nothing, or into a heap buffer or guest memory that `operations` keeps unmoved and mapped
+            // until its completion (or for ever, see `Drop`). Our own bytes are untouched meanwhile; guest memory is shared with the
+            // guest anyway and never borrowed.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return;
             }
@@ -113,7 +233,14 @@ impl Uring {
     /// Completes with `token` when `fd` is readable.
     pub fn poll(&mut self, fd: RawFd, token: u64) -> PollHandle {
         let entry = opcode::PollAdd::new(Fd(fd), libc::POLLIN as u32).build();
-        PollHandle(self.push(token, Vec::new(), |_| entry))
+        PollHandle(self.push(token, Buffer::None, entry))
+    }
+
+    /// Completes with `token` each time `fd` becomes readable, without anybody reading it: for an eventfd, with each signal. The last
+    /// completion has a negative result.
+    pub fn poll_always(&mut self, fd: RawFd, token: u64) -> PollHandle {
+        let entry = opcode::PollAdd::new(Fd(fd), libc::POLLIN as u32).multi(true).build();
+        PollHandle(self.push(token, Buffer::None, entry))
     }
 
     /// Ends a poll; it completes with an error if it had not completed before.
@@ -122,51 +249,102 @@ impl Uring {
         self.push_entry(&entry);
     }
 
-    /// Reads from `offset` of a file into `buffer[from..]`.
+    /// Reads from `offset` of a file into `buffer[from..from + length]`.
     ///
     /// # Panics
-    /// If `from` is beyond the buffer.
-    pub fn read(&mut self, fd: RawFd, offset: u64, buffer: Vec<u8>, from: usize, token: u64) {
-        self.push(token, buffer, |buffer| {
-            let part = &mut buffer[from..];
-            opcode::Read::new(Fd(fd), part.as_mut_ptr(), part.len() as u32)
+    /// If that is beyond the buffer.
+    pub fn read(&mut self, fd: RawFd, offset: u64, mut buffer: Vec<u8>, from: usize, length: usize, token: u64) {
+        let part = &mut buffer[from..from + length];
+        let (start, length) = (part.as_mut_ptr(), length as u32);
+        self.push_file(token, fd, Buffer::Bytes(buffer), |fd| {
+            opcode::Read::new(fd, start, length).offset(offset).build()
+        });
+    }
+
+    /// Writes `buffer[from..from + length]` at `offset` of a file; `durable`: and completes when it would survive a power cut.
+    ///
+    /// # Panics
+    /// If that is beyond the buffer.
+    #[expect(clippy::too_many_arguments, reason = "as pwritev2(2)")]
+    pub fn write(
+        &mut self,
+        fd: RawFd,
+        offset: u64,
+        buffer: Vec<u8>,
+        from: usize,
+        length: usize,
+        durable: bool,
+        token: u64,
+    ) {
+        let part = &buffer[from..from + length];
+        let (start, length) = (part.as_ptr(), length as u32);
+        self.push_file(token, fd, Buffer::Bytes(buffer), |fd| {
+            opcode::Write::new(fd, start, length)
                 .offset(offset)
+                .rw_flags(durability(durable))
                 .build()
         });
     }
 
-    /// Writes `buffer[from..]` at `offset` of a file; `durable`: and completes when it would survive a power cut.
-    ///
-    /// # Panics
-    /// If `from` is beyond the buffer.
-    pub fn write(&mut self, fd: RawFd, offset: u64, buffer: Vec<u8>, from: usize, durable: bool, token: u64) {
-        self.push(token, buffer, |buffer| {
-            let part = &buffer[from..];
-            opcode::Write::new(Fd(fd), part.as_ptr(), part.len() as u32)
+    /// Reads from `offset` of a file into guest memory.
+    pub fn read_guest(&mut self, fd: RawFd, offset: u64, buffer: GuestBuffer, token: u64) {
+        let parts = buffer.parts.as_slice();
+        let (first, count) = (parts.as_ptr(), parts.len() as u32);
+        let one = (count == 1).then(|| parts[0]);
+        self.push_file(token, fd, Buffer::Guest(buffer), |fd| match one {
+            // One piece needs no list for the kernel to copy.
+            Some(part) => opcode::Read::new(fd, part.iov_base.cast(), part.iov_len as u32)
                 .offset(offset)
-                .rw_flags(if durable { libc::RWF_DSYNC } else { 0 })
-                .build()
+                .build(),
+            None => opcode::Readv::new(fd, first, count).offset(offset).build(),
+        });
+    }
+
+    /// Writes guest memory at `offset` of a file; `durable`: and completes when it would survive a power cut.
+    pub fn write_guest(&mut self, fd: RawFd, offset: u64, buffer: GuestBuffer, durable: bool, token: u64) {
+        let parts = buffer.parts.as_slice();
+        let (first, count, flags) = (parts.as_ptr(), parts.len() as u32, durability(durable));
+        let one = (count == 1).then(|| parts[0]);
+        self.push_file(token, fd, Buffer::Guest(buffer), |fd| match one {
+            Some(part) => opcode::Write::new(fd, part.iov_base.cast(), part.iov_len as u32)
+                .offset(offset)
+                .rw_flags(flags)
+                .build(),
+            None => opcode::Writev::new(fd, first, count)
+                .offset(offset)
+                .rw_flags(flags)
+                .build(),
         });
     }
 
     /// Changes how `length` bytes from `offset` of a file are stored. Its size stays.
     pub fn fallocate(&mut self, fd: RawFd, how: Fallocate, offset: u64, length: u64, token: u64) {
-        let entry = opcode::Fallocate::new(Fd(fd), length)
-            .offset(offset)
-            .mode(how as i32)
-            .build();
-        self.push(token, Vec::new(), |_| entry);
+        self.push_file(token, fd, Buffer::None, |fd| {
+            opcode::Fallocate::new(fd, length)
+                .offset(offset)
+                .mode(how as i32)
+                .build()
+        });
     }
 
     /// Makes everything written to a file before durable.
     pub fn datasync(&mut self, fd: RawFd, token: u64) {
-        let entry = opcode::Fsync::new(Fd(fd)).flags(FsyncFlags::DATASYNC).build();
-        self.push(token, Vec::new(), |_| entry);
+        self.push_file(token, fd, Buffer::None, |fd| {
+            opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build()
+        });
     }
 
-    /// Hands what was pushed to the kernel.
+    /// Hands what was pushed to the kernel, and lets it work up what completed. Does not sleep.
     pub fn submit(&mut self) {
-        if !self.ring.submission().is_empty() {
+        let (waits, works) = {
+            let submission = self.ring.submission();
+            (!submission.is_empty(), submission.taskrun())
+        };
+        if works {
+            // A wait for nothing: the kernel works up what is due, and comes back.
+            let arguments = SubmitArgs::new();
+            Self::check(self.ring.submitter().submit_with_args(0, &arguments).map(drop));
+        } else if waits {
             Self::check(self.ring.submit().map(drop));
         }
     }
@@ -200,6 +378,14 @@ impl Uring {
             if slot == OWN {
                 continue;
             }
+            if cqueue::more(entry.flags()) {
+                let operation = self.operations[slot as usize].as_ref();
+                return Some(Completion {
+                    token: operation.expect("the kernel has not ended it").token,
+                    result: entry.result(),
+                    buffer: Buffer::None,
+                });
+            }
             let Operation { token, buffer } = self.operations[slot as usize]
                 .take()
                 .expect("the kernel completes what was submitted, once");
@@ -211,6 +397,10 @@ impl Uring {
             });
         }
     }
+}
+
+fn durability(durable: bool) -> i32 {
+    if durable { libc::RWF_DSYNC } else { 0 }
 }
 
 impl Drop for Uring {

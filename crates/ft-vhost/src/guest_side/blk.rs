@@ -8,13 +8,17 @@
 //! Requests are numbered densely from 0 over the life of the device, also past a reset: a completion of a request that a reset
 //! forgot is told from one that never was.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
+    sync::Arc,
+};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, bitmap::Bitmap};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{
@@ -25,15 +29,16 @@ use super::{
 };
 
 mod geometry;
+mod payload;
+
+pub use payload::{COMPLETION_HEADER_BYTES, Completion, completion_header, completions};
 
 pub use geometry::{CONFIG_WRITEBACK_OFFSET, FEATURE_CONFIG_WCE, FEATURE_FLUSH, Geometry, QUEUES_MAX};
 
 /// Bytes of a sector, as the specification counts them.
 pub const SECTOR_BYTES: u64 = 512;
-/// Most data of one request.
+/// Most data of one request that goes through a bounce buffer.
 pub const REQUEST_BYTES_MAX: usize = (geometry::SEGMENTS_MAX * geometry::SEGMENT_BYTES_MAX) as usize;
-/// Bytes of a completion before its data.
-pub const COMPLETION_HEADER_BYTES: usize = 16;
 /// Bytes of the identity string.
 pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 /// Status of a request that was performed.
@@ -86,8 +91,30 @@ pub struct Request {
     pub sector: u64,
     /// Bytes it is about: data to the guest (read, identity) or from it (write), or of the disk (discard, zeroes).
     pub length: u32,
-    /// Bounce buffer of a write; empty otherwise.
+    /// Bounce buffer of a write; empty otherwise, and where the data stays in guest memory.
     pub data: Vec<u8>,
+}
+
+/// Requests by their number: dense, and chosen by nobody outside.
+pub type ById<T> = HashMap<u64, T, BuildHasherDefault<IdHasher>>;
+
+/// Spreads dense numbers.
+#[derive(Debug, Default)]
+pub struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, _bytes: &[u8]) {
+        unreachable!("only numbers are hashed");
+    }
+
+    fn write_u64(&mut self, id: u64) {
+        // The odd number nearest to 2^64 divided by the golden ratio.
+        self.0 = id.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
 }
 
 /// What the guest waits for.
@@ -96,8 +123,10 @@ struct Outstanding {
     queue: u16,
     head: u16,
     status_address: u64,
-    /// Where the data of a read goes.
+    /// Where the data of a read goes; without bounce buffers, where that of a write comes from too.
     data: Vec<Segment>,
+    /// Bytes that are there already.
+    arrived: Option<u32>,
 }
 
 /// The guest side of a block device.
@@ -106,9 +135,10 @@ pub struct BlkGuestSide {
     geometry: Geometry,
     memory: Option<Arc<GuestMemoryMmap>>,
     rings: Vec<Ring>,
-    /// Requests from `first_id` on; `None`: delivered or forgotten.
-    outstanding: VecDeque<Option<Outstanding>>,
-    first_id: u64,
+    /// Data goes between guest memory and the image; no digests. Not for a guest that is to have an equal.
+    zero_copy: bool,
+    outstanding: ById<Outstanding>,
+    next_id: u64,
     /// Requests below it may have been forgotten by a reset.
     forgotten_below: u64,
     requests: Vec<Request>,
@@ -125,8 +155,9 @@ impl BlkGuestSide {
             geometry,
             memory: None,
             rings: (0..geometry.queues).map(Ring::new).collect(),
-            outstanding: VecDeque::new(),
-            first_id: 0,
+            zero_copy: false,
+            outstanding: ById::default(),
+            next_id: 0,
             forgotten_below: 0,
             requests: Vec::new(),
             segments: Vec::new(),
@@ -156,32 +187,79 @@ impl BlkGuestSide {
     /// Whether the guest still waits for request `id`.
     #[must_use]
     pub fn is_outstanding(&self, id: u64) -> bool {
-        let index = id.checked_sub(self.first_id);
-        index.is_some_and(|index| matches!(self.outstanding.get(index as usize), Some(Some(_))))
+        self.outstanding.contains_key(&id)
     }
 
     /// Requests the guest waits for.
     #[must_use]
     pub fn outstanding(&self) -> usize {
-        self.outstanding.iter().flatten().count()
+        self.outstanding.len()
     }
 
-    /// Number of the next request.
-    fn next_id(&self) -> u64 {
-        self.first_id + self.outstanding.len() as u64
+    /// From here on data goes directly between guest memory and the image, whenever the device performs a request. For a guest
+    /// that nobody protects: its memory changes at any time, and there are no digests.
+    pub fn copy_nothing(&mut self) {
+        self.zero_copy = true;
     }
 
-    /// Negative control (see [`super::BOUNCE`]): the data of a read reaches guest memory now, ahead of its delivery.
+    /// The data of a request in guest memory, if the guest still waits for it. Its ranges were guest memory when it was taken.
+    #[must_use]
+    pub fn data(&self, id: u64) -> Option<(Arc<GuestMemoryMmap>, &[Segment])> {
+        let data = &self.outstanding.get(&id)?.data;
+        Some((Arc::clone(self.memory.as_ref()?), data))
+    }
+
+    /// The data of a read is in guest memory: the device wrote it there itself.
+    pub fn arrived(&mut self, id: u64) {
+        let (Some(memory), Some(waiting)) = (&self.memory, self.outstanding.get_mut(&id)) else {
+            return;
+        };
+        for segment in &waiting.data {
+            let slices = memory.get_slices(GuestAddress(segment.address), segment.length as usize);
+            for slice in slices.flatten() {
+                slice.bitmap().mark_dirty(0, slice.len());
+            }
+        }
+        waiting.arrived = Some(total_bytes(&waiting.data) as u32);
+    }
+
+    /// The data of a read reaches guest memory now, ahead of its delivery: because nobody protects the guest, or as a negative
+    /// control (see [`super::BOUNCE`]).
     ///
     /// # Errors
     /// A range that is no longer guest memory.
     pub fn write_ahead(&mut self, id: u64, data: &[u8]) -> Result<(), RingError> {
-        let index = id.checked_sub(self.first_id).map(|index| index as usize);
-        let waiting = index.and_then(|index| self.outstanding.get(index)?.as_ref());
-        if let (Some(memory), Some(waiting)) = (&self.memory, waiting) {
-            copy_to_guest(memory, &waiting.data, data)?;
+        if let (Some(memory), Some(waiting)) = (&self.memory, self.outstanding.get_mut(&id)) {
+            let written = copy_to_guest(memory, &waiting.data, data)?;
+            waiting.arrived = self.zero_copy.then_some(written as u32);
         }
         Ok(())
+    }
+
+    /// What a write is to write, from guest memory, for a buffer of one's own; nothing if the guest no longer waits.
+    ///
+    /// # Errors
+    /// A range that is no longer guest memory.
+    pub fn read_out(&self, id: u64, into: &mut Vec<u8>) -> Result<(), RingError> {
+        match self.data(id) {
+            Some((memory, data)) => copy_from_guest(&memory, data, total_bytes(data) as usize, into),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes requests of the chains that are available; `true` if there were some.
+    fn take_chains(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        queue: u16,
+        mut digest: Option<&mut Xxh3>,
+    ) -> Result<bool, RingError> {
+        let mut some = false;
+        while let Some(head) = self.rings[usize::from(queue)].pop(memory, &mut self.segments)? {
+            self.take_chain(memory, queue, head, digest.as_deref_mut())?;
+            some = true;
+        }
+        Ok(some)
     }
 
     /// Makes a request of the chain in `self.segments`.
@@ -190,8 +268,13 @@ impl BlkGuestSide {
         memory: &GuestMemoryMmap,
         queue: u16,
         head: u16,
-        digest: &mut Xxh3,
+        mut digest: Option<&mut Xxh3>,
     ) -> Result<(), RingError> {
+        let mut seen = |bytes: &[u8]| {
+            if let Some(digest) = &mut digest {
+                digest.update(bytes);
+            }
+        };
         let segments = &mut self.segments;
         let split = segments.partition_point(|segment| !segment.writable);
         let too_short = |what| RingError::TooShort { head, what };
@@ -211,7 +294,7 @@ impl BlkGuestSide {
         }
         let kind = u32::from_le_bytes(header[..4].try_into().expect("4 bytes"));
         let mut sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
-        digest.update(&header);
+        seen(&header);
 
         let mut data = self.spare_segments.pop().unwrap_or_default();
         data.clear();
@@ -226,7 +309,7 @@ impl BlkGuestSide {
                 segments.truncate(split);
                 skip_bytes(segments, REQUEST_HEADER_BYTES as u64);
                 copy_from_guest(memory, segments, EXTENT_BYTES, &mut spare)?;
-                digest.update(&spare);
+                seen(&spare);
                 let judged = self.judge_extent(kind, &spare);
                 spare.clear();
                 match judged {
@@ -248,21 +331,28 @@ impl BlkGuestSide {
             Kind::Write => {
                 segments.truncate(split);
                 skip_bytes(segments, REQUEST_HEADER_BYTES as u64);
-                copy_from_guest(memory, segments, out_bytes as usize, &mut spare)?;
-                digest.update(&spare);
+                if self.zero_copy {
+                    data.extend_from_slice(segments);
+                } else {
+                    copy_from_guest(memory, segments, out_bytes as usize, &mut spare)?;
+                    seen(&spare);
+                }
                 out_bytes
             }
             Kind::Discard | Kind::WriteZeroes { .. } => extent_bytes,
             Kind::Flush | Kind::Refused(_) => 0,
         } as u32;
-        digest.update(&length.to_le_bytes());
-        let id = self.next_id();
-        self.outstanding.push_back(Some(Outstanding {
+        seen(&length.to_le_bytes());
+        let id = self.next_id;
+        self.next_id += 1;
+        let outstanding = Outstanding {
             queue,
             head,
             status_address,
             data,
-        }));
+            arrived: None,
+        };
+        self.outstanding.insert(id, outstanding);
         self.requests.push(Request {
             id,
             kind,
@@ -310,7 +400,7 @@ impl BlkGuestSide {
         let fits = |bytes: u64| {
             bytes != 0
                 && bytes.is_multiple_of(SECTOR_BYTES)
-                && bytes <= REQUEST_BYTES_MAX as u64
+                && bytes <= self.geometry.request_bytes_max()
                 && sector
                     .checked_add(bytes / SECTOR_BYTES)
                     .is_some_and(|end| end <= self.geometry.capacity_sectors)
@@ -334,14 +424,18 @@ impl BlkGuestSide {
         status: u8,
         data: &[u8],
     ) -> Result<(), RingError> {
-        if !self.is_outstanding(id) {
-            let forgotten = id < self.forgotten_below;
-            return forgotten.then_some(()).ok_or(RingError::UnknownRequest(id));
-        }
-        let slot = &mut self.outstanding[(id - self.first_id) as usize];
-        let of_queue = slot.take_if(|request| request.queue == queue);
-        let mut request = of_queue.ok_or(RingError::UnknownRequest(id))?;
-        let written = copy_to_guest(memory, &request.data, data)?;
+        let mut request = match self.outstanding.remove(&id) {
+            Some(request) if request.queue == queue => request,
+            None if id < self.forgotten_below => return Ok(()),
+            other => {
+                self.outstanding.extend(other.map(|request| (id, request)));
+                return Err(RingError::UnknownRequest(id));
+            }
+        };
+        let written = match request.arrived {
+            Some(bytes) => bytes as usize,
+            None => copy_to_guest(memory, &request.data, data)?,
+        };
         memory
             .write_obj(status, GuestAddress(request.status_address))
             .map_err(|_| RingError::OutsideMemory {
@@ -352,66 +446,8 @@ impl BlkGuestSide {
         self.rings[usize::from(request.queue)].complete(memory, request.head, written as u32 + 1)?;
         request.data.clear();
         self.spare_segments.push(request.data);
-        self.drop_finished();
         Ok(())
     }
-
-    fn drop_finished(&mut self) {
-        while let Some(None) = self.outstanding.front() {
-            self.outstanding.pop_front();
-            self.first_id += 1;
-        }
-    }
-}
-
-/// One completion of a payload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Completion<'a> {
-    /// Request.
-    pub id: u64,
-    /// Status byte for the guest.
-    pub status: u8,
-    /// Data for the guest.
-    pub data: &'a [u8],
-}
-
-/// The header of a completion with `length` bytes of data behind it.
-#[must_use]
-pub fn completion_header(id: u64, status: u8, length: u32) -> [u8; COMPLETION_HEADER_BYTES] {
-    let mut header = [0; COMPLETION_HEADER_BYTES];
-    header[..8].copy_from_slice(&id.to_le_bytes());
-    header[8] = status;
-    header[12..].copy_from_slice(&length.to_le_bytes());
-    header
-}
-
-/// Reads the completions of a payload.
-///
-/// # Errors
-/// In the place of the first completion that is malformed.
-pub fn completions(payload: &[u8]) -> impl Iterator<Item = Result<Completion<'_>, RingError>> {
-    let mut rest = payload;
-    std::iter::from_fn(move || {
-        if rest.is_empty() {
-            return None;
-        }
-        let at = payload.len() - rest.len();
-        let Some((completion, behind)) = split_completion(rest) else {
-            rest = &[];
-            return Some(Err(RingError::Payload(at)));
-        };
-        rest = behind;
-        Some(Ok(completion))
-    })
-}
-
-fn split_completion(bytes: &[u8]) -> Option<(Completion<'_>, &[u8])> {
-    let (header, rest) = bytes.split_first_chunk::<COMPLETION_HEADER_BYTES>()?;
-    let id = u64::from_le_bytes(*header.first_chunk()?);
-    let length = u32::from_le_bytes(*header.last_chunk()?) as usize;
-    let (status, padding) = (header[8], &header[9..12]);
-    let (data, rest) = rest.split_at_checked(length)?;
-    (padding == [0; 3]).then_some((Completion { id, status, data }, rest))
 }
 
 impl GuestSide for BlkGuestSide {
@@ -455,11 +491,8 @@ impl GuestSide for BlkGuestSide {
             return 0;
         };
         let next = ring.stop();
-        for slot in &mut self.outstanding {
-            slot.take_if(|request| request.queue == index);
-        }
-        self.forgotten_below = self.next_id();
-        self.drop_finished();
+        self.outstanding.retain(|_, request| request.queue != index);
+        self.forgotten_below = self.next_id;
         next
     }
 
@@ -474,21 +507,34 @@ impl GuestSide for BlkGuestSide {
             return Ok(Outcome::default());
         }
         let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
-        let mut digest = Xxh3::new();
+        let mut digest = (!self.zero_copy).then(Xxh3::new);
         // A ring never has more chains out than it has entries, so this ends whatever the guest does meanwhile.
+        let mut found = false;
         loop {
-            while let Some(head) = self.rings[index].pop(&memory, &mut self.segments)? {
-                self.take_chain(&memory, queue, head, &mut digest)?;
-            }
+            found |= self.take_chains(&memory, queue, digest.as_mut())?;
             if !self.rings[index].want_kick(&memory)? {
                 break;
             }
         }
         Ok(Outcome {
             interrupt: false,
-            digest: digest.digest(),
+            digest: digest.map_or(0, |digest| digest.digest()),
             more: false,
+            found,
         })
+    }
+
+    fn poll(&mut self, queue: u16) -> Result<bool, RingError> {
+        let ring = self
+            .rings
+            .get_mut(usize::from(queue))
+            .ok_or(RingError::NoQueue(queue))?;
+        if !ring.is_configured() {
+            return Ok(false);
+        }
+        let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
+        ring.want_no_kick(&memory)?;
+        self.take_chains(&memory, queue, None)
     }
 
     fn deliver(&mut self, sequence: u64, queue: u16, payload: &[u8]) -> Result<Outcome, RingError> {
@@ -504,8 +550,11 @@ impl GuestSide for BlkGuestSide {
         let interrupt = ring.is_configured() && ring.take_interrupt(&memory)?;
         Ok(Outcome {
             interrupt,
-            digest: super::fold(sequence, xxhash_rust::xxh3::xxh3_64(payload)),
-            more: false,
+            digest: match self.zero_copy {
+                true => 0,
+                false => super::fold(sequence, xxhash_rust::xxh3::xxh3_64(payload)),
+            },
+            ..Outcome::default()
         })
     }
 

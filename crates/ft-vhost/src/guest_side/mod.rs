@@ -61,6 +61,8 @@ pub struct Outcome {
     pub digest: u64,
     /// The guest went on adding during the drain: kick again. Never so while its vCPUs are stopped.
     pub more: bool,
+    /// Something was taken from the ring. Not part of the digest: it is how busy the device is, not what the guest sees.
+    pub found: bool,
 }
 
 impl Outcome {
@@ -71,6 +73,7 @@ impl Outcome {
             interrupt: self.interrupt | next.interrupt,
             digest: fold(self.digest, next.digest),
             more: self.more | next.more,
+            found: self.found | next.found,
         }
     }
 }
@@ -217,6 +220,15 @@ pub trait GuestSide: Send {
     /// # Errors
     /// [`RingError`]; then the queue must not be kicked again before it is configured anew.
     fn kick(&mut self, queue: u16) -> Result<Outcome, RingError>;
+
+    /// Takes what is available in `queue`, without asking to be told of more; `true` if there was something. For a device that looks
+    /// again soon, and otherwise calls [`GuestSide::kick`].
+    ///
+    /// # Errors
+    /// [`RingError`], as for `kick`.
+    fn poll(&mut self, _queue: u16) -> Result<bool, RingError> {
+        Ok(false)
+    }
 
     /// An input reaches guest memory. `sequence` is its number among the inputs of the device.
     ///

@@ -214,7 +214,7 @@ impl NetGuestSide {
         Ok(Outcome {
             interrupt: self.rings[usize::from(RECEIVE)].take_interrupt(memory)?,
             digest: super::fold(u64::from(RECEIVE), delivered),
-            more: false,
+            ..Outcome::default()
         })
     }
 
@@ -254,6 +254,7 @@ impl NetGuestSide {
             interrupt: ring.take_interrupt(memory)?,
             digest: digest.digest(),
             more,
+            ..Outcome::default()
         })
     }
 }
@@ -361,7 +362,7 @@ impl GuestSide for NetGuestSide {
         Ok(Outcome {
             interrupt,
             digest: super::fold(sequence, xxhash_rust::xxh3::xxh3_64(payload)),
-            more: false,
+            ..Outcome::default()
         })
     }
 

@@ -35,6 +35,8 @@ pub struct Ring {
     added: bool,
     /// The guest was seen to have added more: the next [`Ring::pop`] must find it, or whoever drains would never end.
     promised: bool,
+    /// The driver was told that it need not kick.
+    silent: bool,
     inflight: Option<InflightQueue>,
     /// Chains that an earlier device held when it was killed.
     again: VecDeque<u16>,
@@ -68,6 +70,7 @@ impl Ring {
             busy: Vec::new(),
             added: false,
             promised: false,
+            silent: false,
             inflight: None,
             again: VecDeque::new(),
         }
@@ -156,6 +159,7 @@ impl Ring {
         self.busy.clear();
         self.added = false;
         self.promised = false;
+        self.silent = false;
         self.again.clear();
         next
     }
@@ -243,12 +247,28 @@ impl Ring {
         Ok(())
     }
 
+    /// Tells the driver that it need not kick, until [`Ring::want_kick`]. With event suppression it need not anyway: what was asked for
+    /// was the one entry after those that were there then.
+    ///
+    /// # Errors
+    /// [`RingError`] where the rings cannot be accessed.
+    pub fn want_no_kick(&mut self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
+        if self.silent || self.queue.event_idx_enabled() {
+            return Ok(());
+        }
+        self.silent = true;
+        self.queue
+            .disable_notification(memory)
+            .map_err(|_| outside("the used ring", self.queue.used_ring(), 2))
+    }
+
     /// Asks the driver to kick when it adds more, and says whether it has done so already.
     ///
     /// # Errors
     /// [`RingError`] where the rings cannot be accessed.
     pub fn want_kick(&mut self, memory: &GuestMemoryMmap) -> Result<bool, RingError> {
         self.ready()?;
+        self.silent = false;
         self.promised = self
             .queue
             .enable_notification(memory)

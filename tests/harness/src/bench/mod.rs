@@ -4,11 +4,13 @@
 //!  [lockstep]  protected pair ┐ a closed-loop [client] each, in turns, short rounds   ─► throughput, added latency
 //!              single host    ┘ [machine]            [echo] over the logging wire in between
 //!              pair alone, idle, then busy                                            ─► log bytes
+//!  [blk]       the block daemon alone, and qemu-storage-daemon, under one frontend       ─► IOPS, CPU per I/O
 //!  [failover]  many short runs that lose their primary                                ─► the gap clients see
 //! ```
 //!
 //! Nothing here passes or fails by a time: [`row::Row`]s go to a person and to a file.
 
+pub mod blk;
 pub mod client;
 pub mod echo;
 pub mod failover;

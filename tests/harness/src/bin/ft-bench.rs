@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use ft_harness::bench::blk;
 use ft_harness::bench::failover::{self, Heartbeat};
 use ft_harness::bench::machine::Medium;
 use ft_harness::bench::row::Row;
@@ -46,6 +47,9 @@ struct Arguments {
     /// Rounds whose median is taken.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=50))]
     rounds: u8,
+    /// Of the suite blk: only the rows whose names contain this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
     /// Failovers of each setting.
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000))]
     failovers: u64,
@@ -57,6 +61,8 @@ enum Suite {
     Lockstep,
     /// A stock Linux: compile-like work, log, failover under load. Needs --initrd.
     Linux,
+    /// The block daemon alone: IOPS and CPU per I/O.
+    Blk,
 }
 
 /// Exit status when a run lost or forked something, or did not end as it must.
@@ -69,6 +75,7 @@ fn main() -> ExitCode {
     let measured = match arguments.suite {
         Suite::Lockstep => bench_lockstep(&arguments),
         Suite::Linux => bench_linux(&arguments),
+        Suite::Blk => bench_blk(&arguments),
     };
     match measured {
         Ok(true) => ExitCode::SUCCESS,
@@ -91,6 +98,27 @@ impl Rows {
             self.0.push(row);
         }
     }
+}
+
+fn bench_blk(arguments: &Arguments) -> Result<bool, HarnessError> {
+    let programs = blk::Programs {
+        ours: bin_dir(arguments)?.join("vhost-ft-blk"),
+        peer: "qemu-storage-daemon".into(),
+    };
+    let directory = directory(Medium::Disk)?;
+    signals::clean_up(vec![directory.path().to_owned()])?;
+    let mut rows = Rows::default();
+    blk::rows(
+        &programs,
+        directory.path(),
+        arguments.rounds,
+        arguments.only.as_deref(),
+        |row| {
+            rows.add(vec![row]);
+        },
+    )?;
+    write_json(arguments, &rows)?;
+    Ok(true)
 }
 
 fn bench_lockstep(arguments: &Arguments) -> Result<bool, HarnessError> {
@@ -179,16 +207,19 @@ fn directory(medium: Medium) -> Result<tempfile::TempDir, HarnessError> {
         .context(|| format!("create a directory in {}", parent.display()))
 }
 
-fn setup(arguments: &Arguments) -> Result<Setup, HarnessError> {
-    let bin_dir = match &arguments.bin_dir {
-        Some(directory) => absolute(directory)?,
+fn bin_dir(arguments: &Arguments) -> Result<PathBuf, HarnessError> {
+    match &arguments.bin_dir {
+        Some(directory) => absolute(directory),
         None => {
             let own = std::env::current_exe().context(|| "find this program".to_owned())?;
-            own.parent().expect("a program is in a directory").to_owned()
+            Ok(own.parent().expect("a program is in a directory").to_owned())
         }
-    };
+    }
+}
+
+fn setup(arguments: &Arguments) -> Result<Setup, HarnessError> {
     Ok(Setup {
-        bin_dir,
+        bin_dir: bin_dir(arguments)?,
         guest: absolute(&arguments.guest)?.into(),
         seed: 1,
         records: 1,

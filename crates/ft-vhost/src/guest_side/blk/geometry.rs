@@ -11,10 +11,16 @@ use virtio_bindings::{
 
 use super::SECTOR_BYTES;
 
-/// Segments of one request.
+/// Segments of one request of a protected disk: its data travels in one log entry.
 pub(super) const SEGMENTS_MAX: u32 = 64;
-/// Bytes of one segment.
+/// Bytes of one of those.
 pub(super) const SEGMENT_BYTES_MAX: u32 = 4096;
+/// Segments of one request otherwise. With header and status they fill the rings of most drivers; an indirect table has room for more.
+const ALONE_SEGMENTS_MAX: u32 = 254;
+/// Bytes of one of those.
+const ALONE_SEGMENT_BYTES_MAX: u32 = 64 << 10;
+/// What is best read and written at once, or in multiples.
+const BEST_BYTES: u32 = 4096;
 /// Sectors of one discard or write-zeroes: 1 GiB, whose bytes fit 32 bits.
 pub(super) const EXTENT_SECTORS_MAX: u32 = 1 << 21;
 /// Queues a disk may have.
@@ -39,8 +45,9 @@ pub struct Geometry {
     pub queues: u16,
     /// Bytes of a logical block: 512 or 4096.
     pub block_bytes: u32,
-    /// The driver may choose the cache mode. A fault-tolerant guest may not: its configuration space takes no part in the replay.
-    pub cache_mode_writable: bool,
+    /// The guest is to have an equal: its requests fit a log entry, and the driver may not choose the cache mode, since the
+    /// configuration space takes no part in the replay.
+    pub protected: bool,
 }
 
 impl Geometry {
@@ -52,7 +59,7 @@ impl Geometry {
             read_only,
             queues: 1,
             block_bytes: SECTOR_BYTES as u32,
-            cache_mode_writable: false,
+            protected: true,
         }
     }
 
@@ -70,9 +77,24 @@ impl Geometry {
             read_only: has(VIRTIO_BLK_F_RO),
             queues,
             block_bytes: u32::from_le_bytes(field(20, 4)?.try_into().ok()?),
-            cache_mode_writable: has(VIRTIO_BLK_F_CONFIG_WCE),
+            protected: !has(VIRTIO_BLK_F_CONFIG_WCE),
         };
         (1..=QUEUES_MAX).contains(&queues).then_some(geometry)
+    }
+
+    /// Segments of one request, and bytes of each.
+    fn segments(&self) -> (u32, u32) {
+        match self.protected {
+            true => (SEGMENTS_MAX, SEGMENT_BYTES_MAX),
+            false => (ALONE_SEGMENTS_MAX, ALONE_SEGMENT_BYTES_MAX),
+        }
+    }
+
+    /// Most data of one request.
+    #[must_use]
+    pub fn request_bytes_max(&self) -> u64 {
+        let (count, bytes) = self.segments();
+        u64::from(count) * u64::from(bytes)
     }
 
     /// Whether discard and write-zeroes are offered.
@@ -99,7 +121,7 @@ impl Geometry {
             (self.discards(), VIRTIO_BLK_F_DISCARD),
             (self.discards(), VIRTIO_BLK_F_WRITE_ZEROES),
             (self.queues > 1, VIRTIO_BLK_F_MQ),
-            (self.cache_mode_writable, VIRTIO_BLK_F_CONFIG_WCE),
+            (!self.protected, VIRTIO_BLK_F_CONFIG_WCE),
         ];
         let chosen = sometimes.into_iter().filter_map(|(has, bit)| has.then_some(bit));
         always.into_iter().chain(chosen).fold(0, |bits, bit| bits | 1 << bit)
@@ -111,11 +133,12 @@ impl Geometry {
         let mut config = vec![0; CONFIG_BYTES];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &self.capacity_sectors.to_le_bytes());
-        put(8, &SEGMENT_BYTES_MAX.to_le_bytes());
-        put(12, &SEGMENTS_MAX.to_le_bytes());
+        let (segments, segment_bytes) = self.segments();
+        put(8, &segment_bytes.to_le_bytes());
+        put(12, &segments.to_le_bytes());
         put(20, &self.block_bytes.to_le_bytes());
         // Topology: physical block = logical block, aligned at 0; best I/O in pages.
-        let page_blocks = (SEGMENT_BYTES_MAX / self.block_bytes) as u16;
+        let page_blocks = (BEST_BYTES / self.block_bytes) as u16;
         put(26, &page_blocks.to_le_bytes());
         put(28, &u32::from(page_blocks).to_le_bytes());
         put(CONFIG_WRITEBACK_OFFSET as usize, &[1]);
@@ -147,7 +170,7 @@ mod tests {
                     read_only,
                     queues,
                     block_bytes,
-                    cache_mode_writable: queues == 4,
+                    protected: queues == 4,
                 };
                 let described = Geometry::described(geometry.features(), &geometry.config());
                 assert_eq!(described, Some(geometry));
