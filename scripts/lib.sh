@@ -122,9 +122,9 @@ need_linux_guest() {
   rm -r "$build"
 }
 
-# Whether this host's KVM executes all of a Linux kernel: one on VMX or SVM does. Others have a /dev/kvm too, and emulate ring 0 as far as they can.
+# Whether this host's KVM executes all of a Linux kernel: the shim that was just built examines it.
 kvm_runs_linux() {
-  [ -e /dev/kvm ] && { [ -e /sys/module/kvm_intel ] || [ -e /sys/module/kvm_amd ]; } && grep -qwE 'vmx|svm' /proc/cpuinfo
+  "$release_dir/ft-vcpu-shim" check --json 2>/dev/null | grep -qE '"linux": *\{"works": *true'
 }
 
 # lab_with_pair SEED [LAB OPTION]... -- COMMAND...: the lab with everything a pair with the guest of need_linux_guest needs.

@@ -19,8 +19,8 @@ use ft_harness::process::{EXITED, Exit, HostProcesses, ProcessSpec};
 use ft_harness::roles::{BLK, FT_LOG, NET, SHIM};
 use ft_harness::topology::HostId;
 use ft_protocol::frame::VERSION;
-use ft_protocol::ids::Generation;
-use ft_protocol::message::{Hello, Message};
+use ft_protocol::ids::{Generation, Lsn};
+use ft_protocol::message::{Hello, Message, Strength};
 use lab::{Build, variable};
 use tempfile::TempDir;
 
@@ -436,6 +436,9 @@ fn peer_that_protects_another_machine_is_refused() {
             vm: "another".to_owned(),
             primary: true,
             fingerprint: [0; 32],
+            instance: 1,
+            ack: Strength::default(),
+            last: Lsn::ZERO,
         },
     );
     assert!(
@@ -462,6 +465,9 @@ fn peer_of_another_version_is_refused() {
             vm: "ledger".to_owned(),
             primary: true,
             fingerprint: [0; 32],
+            instance: 1,
+            ack: Strength::default(),
+            last: Lsn::ZERO,
         },
     );
     assert!(

@@ -39,26 +39,34 @@ struct Run {
     busy: Logged,
 }
 
-/// All rows, and what was wrong with the failover.
+fn guest(linux: &Linux, work: Work) -> Guest {
+    Guest::Linux(Linux {
+        work: Some(work),
+        ..linux.clone()
+    })
+}
+
+/// What recording with a live backup costs the compile-like work, and its log.
 ///
 /// # Errors
 /// When a machine does not boot or its work does not end.
-pub fn figures(setup: &Setup, linux: &Linux, parent: &Path) -> Result<(Vec<Row>, Vec<String>), HarnessError> {
-    let guest = |work| {
-        Guest::Linux(Linux {
-            work: Some(work),
-            ..linux.clone()
-        })
-    };
+pub fn costs(setup: &PairSetup, linux: &Linux, parent: &Path) -> Result<Vec<Row>, HarnessError> {
     let working = PairSetup {
-        guest: guest(Work::Compile { rounds: ROUNDS }),
-        ..setup.pair()
+        guest: guest(linux, Work::Compile { rounds: ROUNDS }),
+        ..setup.clone()
     };
     let alone = run(&working, Protection::Alone, parent)?;
     let pair = run(&working, Protection::Pair, parent)?;
-    let mut rows = costs(&pair, &alone);
+    Ok(cost_rows(&pair, &alone))
+}
+
+/// The primary killed under load, and what was wrong with that.
+///
+/// # Errors
+/// When the machine does not boot.
+pub fn failover(setup: &Setup, linux: &Linux, parent: &Path) -> Result<(Vec<Row>, Vec<String>), HarnessError> {
     let failover = Setup {
-        guest: guest(Work::Everything { seconds: LOAD_SECONDS }),
+        guest: guest(linux, Work::Everything { seconds: LOAD_SECONDS }),
         records: RECORDS,
         rate: RATE,
         plan: FaultPlan::At(Fault::KillPrimary, Moment::seeded(setup.seed, RECORDS, RATE)),
@@ -66,8 +74,7 @@ pub fn figures(setup: &Setup, linux: &Linux, parent: &Path) -> Result<(Vec<Row>,
     };
     let directory = tempfile::TempDir::new_in(parent).context(|| "create a directory for the run".to_owned())?;
     let outcome = scenario::run(&failover, directory.path())?;
-    rows.extend(failover_rows(&outcome));
-    Ok((rows, outcome.report.problems))
+    Ok((failover_rows(&outcome), outcome.report.problems))
 }
 
 fn run(setup: &PairSetup, protection: Protection, parent: &Path) -> Result<Run, HarnessError> {
@@ -126,7 +133,7 @@ fn used_ticks(stat: &str) -> u32 {
     fields.filter_map(|field| field.parse::<u32>().ok()).sum()
 }
 
-fn costs(pair: &Run, alone: &Run) -> Vec<Row> {
+fn cost_rows(pair: &Run, alone: &Run) -> Vec<Row> {
     let peer = "peer: the same machine alone, nothing sent or held";
     let work = format!("{ROUNDS} rounds of 40 files written, tar, gzip, SHA-256, removed");
     let rate = |run: &Run| f64::from(ROUNDS) / run.seconds;

@@ -179,8 +179,9 @@ fn bench_linux(arguments: &Arguments) -> Result<bool, HarnessError> {
     let files = directory(Medium::Disk)?;
     signals::clean_up(vec![files.path().to_owned()])?;
     let mut rows = Rows::default();
-    let (figures, problems) = linux::figures(&setup, &linux, files.path())?;
-    rows.add(figures);
+    rows.add(linux::costs(&setup.pair(), &linux, files.path())?);
+    let (failover, problems) = linux::failover(&setup, &linux, files.path())?;
+    rows.add(failover);
     for problem in &problems {
         eprintln!("ft-bench: {problem}");
     }
