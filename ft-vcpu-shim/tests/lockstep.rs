@@ -8,13 +8,13 @@ use ft_vcpu_shim::{
     error::Error,
     lockstep::{
         digest::Digests,
-        execution::End,
+        execution::{End, Execution},
         replay::{Replayer, Successor},
         source::Source,
         timeline::Timeline,
     },
 };
-use tiny::{busy_guest, machine, machine_of, msr_guest, record};
+use tiny::{busy_guest, machine, machine_of, msr_guest, record, record_with, step_clock::StepClock};
 
 struct Frames(std::vec::IntoIter<Vec<u8>>);
 
@@ -41,10 +41,19 @@ impl Successor for Frames {
 }
 
 fn replay(args: &MachineArgs, frames: Vec<Vec<u8>>) -> Result<(End, Digests), Error> {
+    replay_with(args, frames, |_| {})
+}
+
+fn replay_with(
+    args: &MachineArgs,
+    frames: Vec<Vec<u8>>,
+    prepare: impl FnOnce(&mut Execution),
+) -> Result<(End, Digests), Error> {
     let replayer = Replayer::new(Frames(frames.into_iter()), None);
     let mut execution = args
         .load()?
         .power_on(Vec::new(), Box::new(replayer), Box::new(|_, _| {}))?;
+    prepare(&mut execution);
     let end = execution.run()?;
     Ok((end, execution.digests()))
 }
@@ -204,4 +213,49 @@ fn the_hosts_msrs_are_answered_from_the_log_or_fault() {
     execution.run().unwrap();
     let faults = execution.vcpu().registers().r9;
     assert_eq!(faults, 100, "MPERF was read, or KVM's clock set up");
+}
+
+#[test]
+fn a_position_clock_names_the_places_of_a_guest_that_only_computes() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine_of(&directory, &busy_guest());
+    let clock = |seed| move |execution: &mut Execution| execution.set_clock(Box::new(StepClock::new(seed)));
+    let (digests, frames) = record_with(&args, &directory.path().join("console"), clock(1));
+    let bodies = || frames.iter().map(|frame| Entry::decode(frame).unwrap().body);
+    assert!(
+        !bodies().any(|body| matches!(body, Body::State { .. })),
+        "a state delta"
+    );
+    let offsets: Vec<u32> = bodies()
+        .filter_map(|body| match body {
+            Body::Sync(stop) => Some(stop.position.offset),
+            _ => None,
+        })
+        .collect();
+    assert!(offsets.len() >= 12, "{offsets:?} for 12 alarms");
+    // However late the overflows come, the replay finds the same places.
+    for seed in 2..4 {
+        let replayed = replay_with(&args, frames.clone(), clock(seed)).unwrap();
+        assert_eq!(replayed, (End::PowerOff, digests), "seed {seed}");
+    }
+    let error = replay(&args, frames.clone()).unwrap_err();
+    assert!(error.to_string().contains("no counter"), "{error}");
+
+    // One instruction off is another place.
+    let index = frames
+        .iter()
+        .position(|frame| matches!(Entry::decode(frame).unwrap().body, Body::Sync(stop) if stop.position.offset > 0))
+        .unwrap();
+    for change in [1u32, u32::MAX] {
+        let mut entry = Entry::decode(&frames[index]).unwrap();
+        if let Body::Sync(stop) = &mut entry.body {
+            stop.position.offset = stop.position.offset.wrapping_add(change);
+        }
+        let mut frame = vec![0; entry.body.frame_bytes()];
+        entry.encode(&mut frame);
+        let mut changed = frames.clone();
+        changed[index] = frame;
+        let outcome = replay_with(&args, changed, clock(9));
+        assert!(matches!(outcome, Err(Error::Diverged(_))), "{outcome:?}");
+    }
 }

@@ -12,17 +12,15 @@ use ft_protocol::Position;
 use kvm_bindings::kvm_regs;
 
 use super::{
-    registers::memory_of,
     report::Report,
-    successors,
     target::{Reached, Target},
 };
 use crate::{
     error::Error,
     lockstep::{
         execution::{Execution, Step},
-        history::Event,
         journal::{Recording, with_position},
+        position,
     },
     machine::vcpu::BREAKPOINTS_MAX,
 };
@@ -185,24 +183,8 @@ impl Session {
     }
 
     fn leads_to(&self) -> Result<Vec<u64>, Error> {
-        let vcpu = self.execution.vcpu();
-        let state = vcpu.state()?;
-        let memory = memory_of(vcpu, &state);
-        // An interrupt that was let in at this stop enters before anything is executed.
-        let last = self.execution.history().last().filter(|_| self.at_stop);
-        let interrupt = last.and_then(|record| {
-            record.events().find_map(|event| match event {
-                Event::Interrupt { vector } => Some(vector),
-                _ => None,
-            })
-        });
-        let mut leads_to: Vec<u64> = match interrupt {
-            Some(vector) => successors::handler(&memory, &state, vector).into_iter().collect(),
-            None => successors::of(&memory, &state),
-        };
-        // A breakpoint here would keep an instruction that leads to itself from being executed at all: it runs until it leads away.
-        leads_to.retain(|address| *address != state.regs.rip);
-        Ok(leads_to)
+        let entering = position::entering(self.execution.history()).filter(|_| self.at_stop);
+        position::leads_to(self.execution.vcpu(), entering)
     }
 
     /// One instruction where the KVM can, otherwise to the next stop.

@@ -27,7 +27,9 @@ fn hex(bytes: &[u8]) -> String {
 fn access_text(access: &Access) -> String {
     let name = access.kind.name();
     match access.kind {
-        AccessKind::Halt | AccessKind::Window | AccessKind::Forced | AccessKind::Other => name.into(),
+        AccessKind::Halt | AccessKind::Window | AccessKind::Forced | AccessKind::Named | AccessKind::Other => {
+            name.into()
+        }
         _ => {
             let more = if access.bytes as usize > access.data().len() {
                 "..."

@@ -14,6 +14,9 @@ pub struct Digests {
     pub outputs: u64,
 }
 
+/// Stands where an exit has its kind; those are numbered from 1 on.
+const NAMED: u8 = 0xfe;
+
 fn chain(digest: &mut u64, bytes: &[u8]) {
     *digest = xxh3_64_with_seed(bytes, *digest);
 }
@@ -62,6 +65,12 @@ impl Digests {
             to.copy_from_slice(&word.to_le_bytes());
         }
         chain(&mut self.registers, &bytes);
+    }
+
+    /// A place between exits, `offset` after the last one, and the registers there.
+    pub fn named(&mut self, offset: u32, regs: &kvm_regs) {
+        self.exit(NAMED, u64::from(offset), &[]);
+        self.registers(regs);
     }
 
     /// An output with this digest left the guest.

@@ -42,6 +42,8 @@ pub enum AccessKind {
     Window,
     /// None: the guest had no stop of its own when something waited for it (a state delta).
     Forced,
+    /// None: as before, at a place that a position clock named.
+    Named,
     /// Anything else; the execution ends there.
     Other,
 }
@@ -60,6 +62,7 @@ impl AccessKind {
             Self::Halt => "halt",
             Self::Window => "window",
             Self::Forced => "state-delta",
+            Self::Named => "position",
             Self::Other => "other",
         }
     }
@@ -103,9 +106,9 @@ impl Access {
 
     /// The stop of a guest that has none of its own.
     #[must_use]
-    pub fn forced() -> Self {
+    pub fn none(kind: AccessKind) -> Self {
         Self {
-            kind: AccessKind::Forced,
+            kind,
             ..Self::default()
         }
     }

@@ -12,6 +12,7 @@ pub mod execution;
 pub mod history;
 pub mod journal;
 pub mod pace;
+pub mod position;
 pub mod record;
 pub mod replay;
 pub mod source;

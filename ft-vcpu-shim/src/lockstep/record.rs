@@ -307,6 +307,12 @@ impl Timeline for Recorder {
         Ok(())
     }
 
+    fn named(&mut self, stop: &Stop) -> Result<(), Error> {
+        let urgency = self.output_urgency();
+        self.append(stop, DeviceId::SHIM, 0, &Body::Sync(*stop), urgency)?;
+        Ok(())
+    }
+
     fn go_live(self: Box<Self>, _delivered: &[u64]) -> Option<Promotion> {
         None
     }

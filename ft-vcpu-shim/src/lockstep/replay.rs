@@ -186,6 +186,11 @@ impl<S: Source> Replayer<S> {
     }
 }
 
+/// What of a stop orders it among others.
+fn place(stop: &Stop) -> (u64, u32) {
+    (stop.position.exits, stop.position.offset)
+}
+
 /// What a replay does once its log is over.
 pub trait Successor: Source + Sized {
     /// The timeline that goes on; `None` where nothing can.
@@ -313,7 +318,7 @@ impl<S: Successor + 'static> Timeline for Replayer<S> {
                 return Ok(Answered::EndOfLog(generation));
             }
             let upcoming = self.upcoming.expect("fetch leaves one");
-            if upcoming.stop.position.exits > stop.position.exits {
+            if place(&upcoming.stop) > place(stop) {
                 if waiting.idle {
                     return Err(Self::diverged(
                         &upcoming,
@@ -354,6 +359,11 @@ impl<S: Successor + 'static> Timeline for Replayer<S> {
                 self.delta_pages = 0;
                 Ahead::Adopt(std::mem::take(&mut self.delta))
             }
+            Some(upcoming)
+                if upcoming.stop.position.exits == stop.position.exits && place(&upcoming.stop) > place(stop) =>
+            {
+                Ahead::RunTo(upcoming.stop)
+            }
             _ => Ahead::Run,
         })
     }
@@ -368,6 +378,11 @@ impl<S: Successor + 'static> Timeline for Replayer<S> {
             return Err(Self::diverged(&upcoming, stop, what));
         }
         self.applied = upcoming.lsn;
+        Ok(())
+    }
+
+    fn named(&mut self, _stop: &Stop) -> Result<(), Error> {
+        // The entry that named it is compared when it is applied.
         Ok(())
     }
 

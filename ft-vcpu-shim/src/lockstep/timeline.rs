@@ -66,6 +66,8 @@ pub enum Ahead {
     Run,
     /// It does not run, but becomes what the log says.
     Adopt(Delta),
+    /// It runs, to a place between two stops that the log names.
+    RunTo(Stop),
 }
 
 /// What is left of a replay when its log is over.
@@ -146,6 +148,12 @@ pub trait Timeline {
     /// # Errors
     /// See [`Timeline::now`].
     fn halted(&mut self, stop: &Stop, state: &[u8], pages: &mut dyn Iterator<Item = Vec<u8>>) -> Result<(), Error>;
+
+    /// The guest stands still at `stop`, a place between two stops that a position clock names.
+    ///
+    /// # Errors
+    /// See [`Timeline::now`].
+    fn named(&mut self, stop: &Stop) -> Result<(), Error>;
 
     /// After [`Answered::EndOfLog`]: the promotion of this side, which has delivered `delivered[device]` inputs so far. A timeline
     /// that cannot go on (an offline replay) gives `None`.

@@ -13,6 +13,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::vcpu::kvm_failed;
 use crate::error::Error;
 
+const LSTAR: u32 = 0xc000_0082;
 /// MSRs that belong to the state, where KVM has them.
 const MSRS: [u32; 13] = [
     0x48,        // SPEC_CTRL
@@ -23,7 +24,7 @@ const MSRS: [u32; 13] = [
     0x277,       // PAT
     0xda0,       // XSS
     0xc000_0081, // STAR
-    0xc000_0082, // LSTAR
+    LSTAR,
     0xc000_0083, // CSTAR
     0xc000_0084, // SFMASK
     0xc000_0102, // KERNEL_GS_BASE
@@ -77,6 +78,18 @@ pub(super) fn supported_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_ent
 
 fn list(entries: &[kvm_msr_entry]) -> Msrs {
     Msrs::from_entries(entries).expect("far fewer than KVM's limit")
+}
+
+/// Where SYSCALL leads, if the guest said so.
+pub(super) fn system_call_entry(vcpu: &VcpuFd) -> Result<Option<u64>, Error> {
+    let mut values = list(&[kvm_msr_entry {
+        index: LSTAR,
+        ..Default::default()
+    }]);
+    let read = vcpu.get_msrs(&mut values).map_err(kvm_failed("read MSRs"))?;
+    Ok((read == 1)
+        .then(|| values.as_slice()[0].data)
+        .filter(|entry| *entry != 0))
 }
 
 impl VcpuState {

@@ -354,6 +354,14 @@ impl Vcpu {
         })
     }
 
+    /// Where SYSCALL leads.
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn system_call_entry(&self) -> Result<Option<u64>, Error> {
+        state::system_call_entry(&self.vcpu)
+    }
+
     /// Puts the vCPU elsewhere: these registers, before it runs.
     ///
     /// # Errors

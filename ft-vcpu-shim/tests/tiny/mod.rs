@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
+pub mod step_clock;
+
 use std::{
     arch::global_asm,
     path::{Path, PathBuf},
@@ -16,7 +18,11 @@ use ft_client::{LogWriter, Region, journal::SegmentHeader, ring};
 use ft_protocol::{Body, Generation, Lsn, Role, entry::Entry, held::Committed};
 use ft_vcpu_shim::{
     command::machine::MachineArgs,
-    lockstep::{digest::Digests, execution::End, record::Recorder},
+    lockstep::{
+        digest::Digests,
+        execution::{End, Execution},
+        record::Recorder,
+    },
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -244,6 +250,15 @@ pub fn machine_of(directory: &tempfile::TempDir, guest: &[u8]) -> MachineArgs {
 
 /// Runs the guest recorded, against an ft-log that commits what it sees.
 pub fn record(args: &MachineArgs, console: &Path) -> (Digests, Vec<Vec<u8>>) {
+    record_with(args, console, |_| {})
+}
+
+/// The same, with an execution that is changed before it starts.
+pub fn record_with(
+    args: &MachineArgs,
+    console: &Path,
+    prepare: impl FnOnce(&mut Execution),
+) -> (Digests, Vec<Vec<u8>>) {
     let region = Arc::new(Region::create().unwrap());
     region.publish(Role::Recording, Generation(1), Lsn(0));
     let memory = ring::create("test-log").unwrap();
@@ -284,6 +299,7 @@ pub fn record(args: &MachineArgs, console: &Path) -> (Digests, Vec<Vec<u8>>) {
         .unwrap()
         .power_on(Vec::new(), Box::new(recorder), Box::new(|_, _| {}))
         .unwrap();
+    prepare(&mut execution);
     let end = execution.run();
     ended.store(true, Ordering::Release);
     assert_eq!(end.unwrap(), End::PowerOff);

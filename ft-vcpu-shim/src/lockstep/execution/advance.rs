@@ -2,19 +2,24 @@
 //!
 //! ```text
 //!                      ┌─ Run ──► KVM_RUN ──► exit, or an interrupt window that was wanted ────► stop
-//!   ahead? (timeline) ─┤             └─ nothing for a while, and something waits ─► state is taken ─► stop
+//!                      │             └─ nothing for a while, and something waits ─► position, or state ─► stop
+//!   ahead? (timeline) ─┼─ RunTo (replay) ──► KVM_RUN to that position ──────────────────────────► stop
 //!                      └─ Adopt (replay) ──► pages into RAM, state into the vCPU ────────────────► stop
 //! ```
 //! A guest that computes makes no exits. Whoever records waits for a stop of its own first (*patience*, DESIGN part 4); only then
-//! the vCPU is stopped anywhere, with a state delta in the log in the place of a position.
+//! the vCPU is stopped anywhere. Where the host has a position clock the place has a name; elsewhere a state delta stands for it in the log.
 
 use std::time::Duration;
+
+use ft_protocol::Stop;
+use kvm_bindings::kvm_regs;
 
 use super::{Execution, TIMELINE};
 use crate::{
     error::Error,
     lockstep::{
         delta::{self, Delta},
+        position::{self, Until},
         timeline::Ahead,
     },
     machine::{
@@ -40,6 +45,8 @@ pub(super) enum Advance {
     Exit(Exit),
     /// By being stopped, or by becoming what the log says.
     Halted(Halted),
+    /// At a place between two exits that the position clock names.
+    Named,
     /// For a debugger.
     Trap,
 }
@@ -56,6 +63,8 @@ pub(super) struct Halted {
 #[derive(Debug)]
 pub(super) struct Impatience {
     kick: Kick,
+    /// State deltas are needed: KVM notes written pages.
+    tracks: bool,
     patience: Duration,
     /// Stops when the timer was set.
     set_at: u64,
@@ -64,10 +73,13 @@ pub(super) struct Impatience {
 }
 
 impl Impatience {
-    fn new(vcpu: &mut Vcpu, patience: Duration) -> Result<Self, Error> {
-        vcpu.track_writes()?;
+    fn new(vcpu: &mut Vcpu, tracks: bool, patience: Duration) -> Result<Self, Error> {
+        if tracks {
+            vcpu.track_writes()?;
+        }
         Ok(Self {
             kick: vcpu.kick()?,
+            tracks,
             patience,
             set_at: 0,
             retries: 0,
@@ -78,7 +90,7 @@ impl Impatience {
     /// Called before the guest runs on from its `stops`th stop.
     fn prepare(&mut self, vcpu: &mut Vcpu, stops: u64) -> Result<(), Error> {
         self.retries = 0;
-        if self.expired >= EXPIRED_PER_BASE {
+        if self.tracks && self.expired >= EXPIRED_PER_BASE {
             vcpu.take_written()?;
             self.expired = 0;
         }
@@ -115,22 +127,29 @@ impl Impatience {
 impl Execution {
     /// This side records from now on.
     pub(super) fn begin_recording(&mut self) -> Result<(), Error> {
-        self.impatience = Some(Impatience::new(&mut self.vcpu, self.patience)?);
+        self.impatience = Some(Impatience::new(&mut self.vcpu, self.clock.is_none(), self.patience)?);
         Ok(())
     }
 
     pub(super) fn advance(&mut self) -> Result<Advance, Error> {
         let stop = self.stop();
-        if let Ahead::Adopt(delta) = self.timeline().ahead(&stop)? {
-            return self.adopt(delta).map(Advance::Halted);
+        match self.timeline().ahead(&stop)? {
+            Ahead::Run => {}
+            Ahead::Adopt(delta) => return self.adopt(delta).map(Advance::Halted),
+            Ahead::RunTo(stop) => return self.run_to(&stop),
         }
         self.vcpu.want_window(self.windows && self.board.pic.is_pending());
         if let Some(impatience) = &mut self.impatience {
             impatience.prepare(&mut self.vcpu, self.exits)?;
         }
+        let mut entering = position::entering(&self.history);
         loop {
-            match self.vcpu.run()? {
-                Exit::Interrupted if self.must_stop()? => return self.halt().map(Advance::Halted),
+            let exit = match &mut self.clock {
+                Some(clock) => clock.run(&mut self.vcpu, Until::Exit, entering.take())?,
+                None => self.vcpu.run()?,
+            };
+            match exit {
+                Exit::Interrupted if self.must_stop()? => return self.halt(),
                 Exit::Interrupted => {}
                 Exit::Trap => return Ok(Advance::Trap),
                 exit => return Ok(Advance::Exit(exit)),
@@ -157,14 +176,59 @@ impl Execution {
         Ok(can_interrupt || self.windows || !impatience.retry()?)
     }
 
-    fn halt(&mut self) -> Result<Halted, Error> {
+    fn halt(&mut self) -> Result<Advance, Error> {
+        if self.clock.is_some() {
+            return Ok(Advance::Named);
+        }
         if let Some(impatience) = &mut self.impatience {
             impatience.expired = 0;
         }
-        Ok(Halted {
+        Ok(Advance::Halted(Halted {
             state: self.vcpu.capture()?.encode(),
             written: self.vcpu.take_written()?,
+        }))
+    }
+
+    fn run_to(&mut self, stop: &Stop) -> Result<Advance, Error> {
+        let clock = self.clock.as_deref_mut().ok_or_else(|| {
+            Error::LogEnds("the log names places between exits, and this host has no counter for them".into())
+        })?;
+        let entering = position::entering(&self.history);
+        let digests = self.digests;
+        let is_there = |registers: &kvm_regs| {
+            registers.rip == stop.position.rip && registers.rcx == stop.position.rcx && {
+                let mut there = digests;
+                there.named(stop.position.offset, registers);
+                there.combined() == stop.digest
+            }
+        };
+        let missed = position::run_to(clock, &mut self.vcpu, stop.position.offset, entering, is_there)?;
+        Ok(match missed {
+            None | Some(Exit::Interrupted) => Advance::Named,
+            Some(exit) => Advance::Exit(exit),
         })
+    }
+
+    /// Counts the stop, and gives its offset.
+    pub(super) fn count(&mut self, advance: &Advance) -> Result<u32, Error> {
+        match (&mut self.clock, advance) {
+            (Some(clock), Advance::Named) => clock.progress(),
+            (Some(clock), _) => {
+                self.exits += 1;
+                clock.restart()?;
+                Ok(0)
+            }
+            (None, _) => {
+                self.exits += 1;
+                Ok(0)
+            }
+        }
+    }
+
+    /// The stop at a place that the clock named.
+    pub(super) fn log_position(&mut self) -> Result<(), Error> {
+        let stop = self.stop();
+        self.timeline().named(&stop)
     }
 
     fn adopt(&mut self, delta: Delta) -> Result<Halted, Error> {

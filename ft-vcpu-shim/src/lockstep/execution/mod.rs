@@ -17,7 +17,8 @@ use ft_protocol::{Generation, Position, Stop};
 use self::advance::{Advance, Impatience};
 use super::{
     digest::Digests,
-    history::{Access, Event, History},
+    history::{Access, AccessKind, Event, History},
+    position::PositionClock,
     timeline::{Answered, Happening, Promotion, Timeline, Waiting},
 };
 use crate::{
@@ -68,6 +69,8 @@ pub struct Execution {
     delivered: Vec<u64>,
     windows: bool,
     patience: Duration,
+    /// Names places between stops, where this host can.
+    clock: Option<Box<dyn PositionClock>>,
     /// While this side records.
     impatience: Option<Impatience>,
 }
@@ -100,6 +103,7 @@ impl Execution {
             delivered,
             windows,
             patience: PATIENCE,
+            clock: None,
             impatience: None,
         }
     }
@@ -107,6 +111,11 @@ impl Execution {
     /// How long a guest may go without a stop when something waits for it. Before [`Execution::start`].
     pub fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
+    }
+
+    /// Names places between stops by `clock`, instead of by state deltas. Before [`Execution::start`], and on both sides.
+    pub fn set_clock(&mut self, clock: Box<dyn PositionClock>) {
+        self.clock = Some(clock);
     }
 
     /// Where the guest is.
@@ -186,18 +195,22 @@ impl Execution {
         let access = match &advance {
             Advance::Trap => return Ok(Step::Trap),
             Advance::Exit(exit) => Access::of(exit, self.vcpu.data()),
-            Advance::Halted(_) => Access::forced(),
+            Advance::Halted(_) => Access::none(AccessKind::Forced),
+            Advance::Named => Access::none(AccessKind::Named),
         };
-        self.exits += 1;
+        let offset = self.count(&advance)?;
         let registers = self.vcpu.registers();
         self.position = Position {
             exits: self.exits,
-            offset: 0,
+            offset,
             rip: registers.rip,
             rcx: registers.rcx,
         };
         let entry = self.timeline().last_entry();
-        self.digests.registers(&registers);
+        match advance {
+            Advance::Named => self.digests.named(offset, &registers),
+            _ => self.digests.registers(&registers),
+        }
         self.history
             .begin(self.position, access, registers, self.digests.combined(), entry);
         let end = self.arrived(advance)?;
@@ -212,6 +225,10 @@ impl Execution {
             Advance::Exit(exit) => exit,
             Advance::Halted(halted) => {
                 self.log_state(halted)?;
+                return self.settle(false);
+            }
+            Advance::Named => {
+                self.log_position()?;
                 return self.settle(false);
             }
             Advance::Trap => return Ok(None),

@@ -1,0 +1,74 @@
+//! A position clock that counts instructions by breakpoints: every instruction is a place, and an overflow is as late as a seed wants.
+
+use ft_vcpu_shim::{
+    error::Error,
+    lockstep::position::{PositionClock, Until, leads_to_at_most},
+    machine::vcpu::{Exit, Vcpu},
+};
+
+const MARGIN: u32 = 24;
+
+#[derive(Debug)]
+pub struct StepClock {
+    progress: u32,
+    random: u64,
+}
+
+impl StepClock {
+    pub fn new(seed: u64) -> Self {
+        Self {
+            progress: 0,
+            random: seed | 1,
+        }
+    }
+
+    /// xorshift64 (Marsaglia 2003).
+    fn skid(&mut self) -> u32 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        (self.random % u64::from(MARGIN)) as u32
+    }
+}
+
+impl PositionClock for StepClock {
+    fn restart(&mut self) -> Result<(), Error> {
+        self.progress = 0;
+        Ok(())
+    }
+
+    fn progress(&mut self) -> Result<u32, Error> {
+        Ok(self.progress)
+    }
+
+    fn margin(&self) -> u32 {
+        MARGIN
+    }
+
+    fn run(&mut self, vcpu: &mut Vcpu, until: Until, mut entering: Option<u8>) -> Result<Exit, Error> {
+        let overflow = match until {
+            Until::Progress(progress) => progress + self.skid(),
+            Until::Exit | Until::Breakpoint => u32::MAX,
+        };
+        loop {
+            if self.progress >= overflow {
+                vcpu.debug(&[])?;
+                return Ok(Exit::Interrupted);
+            }
+            if until != Until::Breakpoint {
+                vcpu.debug(&leads_to_at_most(vcpu, entering)?)?;
+            }
+            let before = vcpu.registers().rip;
+            let exit = vcpu.run()?;
+            // A signal can come where the breakpoint is: then the instruction was executed all the same.
+            let stepped = exit == Exit::Trap || (exit == Exit::Interrupted && vcpu.registers().rip != before);
+            if stepped {
+                self.progress += 1;
+                entering = None;
+            }
+            if exit != Exit::Trap || until == Until::Breakpoint {
+                return Ok(exit);
+            }
+        }
+    }
+}
