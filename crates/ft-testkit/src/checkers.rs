@@ -11,6 +11,7 @@ use crate::{
     faults::Setting,
     guest::{Answer, Operation, Output, Request},
     host::{HostId, Incarnation},
+    linearizability::History,
 };
 
 /// What must hold.
@@ -137,6 +138,7 @@ pub struct Judge {
     invoked: BTreeMap<(u8, u32), u32>,
     answers: BTreeMap<(u8, u32), Answer>,
     acknowledged: Vec<(u32, u64)>,
+    clients: History,
 }
 
 impl Judge {
@@ -408,6 +410,7 @@ impl Judge {
 
     /// A client sent a request for the first time.
     pub fn invoked(&mut self, request: &Request) {
+        self.clients.invoked(request);
         self.invoked.insert((request.client, request.id), self.floor);
     }
 
@@ -422,6 +425,7 @@ impl Judge {
             });
         }
         let Some(request) = request else { return };
+        self.clients.answered(answer.client, answer.order);
         let appends = matches!(request.operation, Operation::Append { .. });
         let floor = self.invoked.get(&key).copied().unwrap_or(0);
         if answer.order < floor + u32::from(appends) {
@@ -438,6 +442,11 @@ impl Judge {
     /// The run is over.
     pub fn finish(&mut self, hosts: &[EndState<'_>; 2], clients_done: bool) {
         self.check_end_of_power_off(hosts);
+        if !self.clients.is_linearizable() {
+            self.fail(Invariant::NothingLost, || {
+                "no order of the clients' operations explains their answers".into()
+            });
+        }
         let Some(survivor) = self.who_must_go_on(hosts) else {
             return;
         };

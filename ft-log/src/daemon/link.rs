@@ -180,7 +180,8 @@ impl Daemon {
             match self.vm.link.open(&mut self.ring, Rc::new(socket), peer) {
                 Ok(channel) => self.vm.link.candidates.push(Candidate {
                     channel,
-                    until_ns: monotonic_ns() + u64::from(self.vm.link.timeout_ms) * 500_000,
+                    // The primary gives up after half of it.
+                    until_ns: monotonic_ns() + u64::from(self.vm.link.timeout_ms) * 1_000_000,
                     is_refused: false,
                 }),
                 Err(error) => debug!("a connection from {peer} broke at once: {error}"),

@@ -78,6 +78,29 @@ fn a_primary_that_was_stopped_for_too_long_loses_and_halts() {
 }
 
 #[test]
+fn a_backup_that_was_stopped_for_too_long_loses_and_halts() {
+    let world = World::new();
+    let (mut a, mut b) = world.pair();
+    let last = a.append(10);
+    a.wait_committed(last);
+    b.daemon.signal(Signal::SIGSTOP);
+    a.append(5);
+    a.wait_role(Role::Live);
+    b.daemon.signal(Signal::SIGCONT);
+    assert_eq!(b.daemon.wait_code(), 4);
+    assert!(
+        b.daemon
+            .logged
+            .contains("halted: lost the arbitration for generation 2")
+    );
+    assert_eq!(b.region().role(), Role::Halted);
+    assert_eq!(b.region().committed().lsn(), Lsn::ZERO, "a halted side committed");
+    let events = b.daemon.rest_of_events();
+    assert!(!events.iter().any(|event| event == "go_live"), "{events:?}");
+    assert_eq!(a.region().role(), Role::Live);
+}
+
+#[test]
 fn the_primary_goes_live_alone_after_the_backup_was_killed() {
     let world = World::new();
     let (mut a, b) = world.pair();

@@ -4,6 +4,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    time::Instant,
 };
 
 use ft_client::journal::{JournalError, JournalReader, SEGMENT_HEADER_BYTES};
@@ -14,7 +15,7 @@ use ft_protocol::{
 };
 use nix::sys::signal::Signal;
 
-use crate::world::{Daemon, FINGERPRINT, Host, HostId, VM, World};
+use crate::world::{DEADLINE, Daemon, FINGERPRINT, Host, HostId, VM, World};
 
 /// The frames in a journal, and whether its tail is torn.
 fn read(directory: &Path) -> Result<(Vec<u8>, Lsn, bool), JournalError> {
@@ -251,6 +252,16 @@ fn a_restart_recovers_the_journal_of_the_earlier_run_and_puts_it_aside() {
     let (mut a, b) = world.pair();
     let last = a.append(500);
     a.wait_committed(last);
+    // The journal is written beside the log, not before it: some of it must be there.
+    let deadline = Instant::now() + DEADLINE;
+    let has_entries = || {
+        let mut files = fs::read_dir(world.journal(HostId::A)).unwrap();
+        files.any(|file| file.unwrap().metadata().unwrap().len() > 100_000)
+    };
+    while !has_entries() {
+        assert!(Instant::now() < deadline, "nothing is written");
+        std::thread::yield_now();
+    }
     a.daemon.signal(Signal::SIGKILL);
     a.daemon.wait();
     drop((a, b));

@@ -5,6 +5,7 @@ mod control;
 mod failover;
 mod hostile;
 mod journal;
+mod kills;
 mod proxy;
 mod reconnection;
 mod refusals;

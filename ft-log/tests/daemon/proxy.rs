@@ -136,18 +136,19 @@ fn connect_from(from: SocketAddr, to: SocketAddr) -> Option<TcpStream> {
 }
 
 fn accepted(shared: &Shared, near: TcpStream, from: SocketAddr, to: SocketAddr) {
+    let far = connect_from(from, to);
     let mut number = 0;
-    let mut refuse = false;
+    let mut both = None;
+    // Whoever sees that it was accepted can cut it.
     shared.change(|rules| {
         rules.accepted += 1;
         number = rules.accepted;
-        refuse = rules.refuse || rules.ended;
+        if let Some(far) = far.filter(|_| !rules.refuse && !rules.ended) {
+            both = Some([near.try_clone().unwrap(), far.try_clone().unwrap()]);
+            rules.connections.push([near, far]);
+        }
     });
-    if refuse {
-        return;
-    }
-    let Some(far) = connect_from(from, to) else { return };
-    let both = [near, far];
+    let Some(both) = both else { return };
     for (source, sink) in [(0, 1), (1, 0)] {
         let (mut source, mut sink) = (both[source].try_clone().unwrap(), both[sink].try_clone().unwrap());
         let shared = shared.clone();
@@ -163,5 +164,4 @@ fn accepted(shared: &Shared, near: TcpStream, from: SocketAddr, to: SocketAddr) 
             let _ = sink.shutdown(Shutdown::Both);
         });
     }
-    shared.change(|rules| rules.connections.push(both));
 }

@@ -139,7 +139,13 @@ impl World {
 
     /// Starts a daemon that gets as far as listening.
     pub(crate) fn start_with(&self, host: HostId, more: &[&str]) -> Daemon {
-        let mut daemon = Daemon::spawn(self.command(host).args(more));
+        let mut command = self.command(host);
+        command.args(more);
+        if !more.contains(&"--heartbeat-misses") {
+            // A second of silence: a busy machine is not a dead host.
+            command.args(["--heartbeat-misses", "50"]);
+        }
+        let mut daemon = Daemon::spawn(&mut command);
         daemon.wait_log("waiting for");
         daemon
     }
@@ -322,14 +328,19 @@ impl Host {
     }
 
     pub(crate) fn wait_role(&self, role: Role) {
+        self.wait_role_in(&[role]);
+    }
+
+    /// Waits until its role is one of these.
+    pub(crate) fn wait_role_in(&self, roles: &[Role]) {
         let deadline = Instant::now() + DEADLINE;
         loop {
             let ticket = self.region().shim_ticket();
             let now = self.region().role();
-            if now == role {
+            if roles.contains(&now) {
                 return;
             }
-            assert!(Instant::now() < deadline, "role is {now:?}, not {role:?}");
+            assert!(Instant::now() < deadline, "role is {now:?}, not one of {roles:?}");
             self.region().sleep_shim(ticket, Some(DEADLINE));
         }
     }
