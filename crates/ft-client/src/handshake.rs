@@ -18,10 +18,14 @@ use std::{
     },
     path::Path,
     sync::Arc,
+    time::Duration,
 };
 
 use ft_protocol::{frame::VERSION, ids::DeviceId, limits::DEVICES_MAX};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
+};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
@@ -129,6 +133,22 @@ pub struct DeviceSession {
     pub commit_event: EventFd,
     /// This device's number.
     pub device: DeviceId,
+}
+
+impl DeviceSession {
+    /// Sleeps until the commit event is rung, and takes it, or until `timeout` passes.
+    ///
+    /// # Errors
+    /// As poll(2).
+    pub fn sleep_commit(&self, timeout: Duration) -> io::Result<()> {
+        // SAFETY: the descriptor is open as long as `self` is borrowed.
+        let event = unsafe { BorrowedFd::borrow_raw(self.commit_event.as_raw_fd()) };
+        let milliseconds = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        poll(&mut [PollFd::new(event, PollFlags::POLLIN)], milliseconds)?;
+        // Not rung: the time is over.
+        let _ = self.commit_event.read();
+        Ok(())
+    }
 }
 
 /// The shim, joined.

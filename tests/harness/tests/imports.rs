@@ -13,7 +13,7 @@ const ALLOWED: [(&str, &[&str]); 11] = [
     ("vhost-ft-blk", &["ft-vhost", "ft-client", "ft-protocol"]),
     ("vhost-ft-net", &["ft-vhost", "ft-client", "ft-protocol"]),
     ("ft-vcpu-shim", &["ft-vhost", "ft-client", "ft-protocol"]),
-    ("ft-harness", &[]),
+    ("ft-harness", &["ft-client", "ft-protocol"]),
     ("ledger-core", &[]),
     ("ledger-linux", &["ledger-core"]),
 ];

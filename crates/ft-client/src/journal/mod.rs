@@ -431,11 +431,10 @@ impl JournalReader {
             if u64::from(header.index) != u64::from(self.first_index) + self.opened as u64 {
                 return Err(wrong("it is another segment than its name says"));
             }
-            if self.trusts_first {
-                self.next = header.first;
-            } else if header.first != self.next {
+            if header.first < self.next || header.first > self.next && !self.trusts_first {
                 return Err(wrong("it does not go on where the segment before it ends"));
             }
+            self.next = header.first;
             self.trusts_first = false;
         }
         self.offset = if last && unfinished { 0 } else { SEGMENT_HEADER_BYTES };

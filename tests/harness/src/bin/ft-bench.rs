@@ -8,7 +8,7 @@ use ft_harness::bench::blk;
 use ft_harness::bench::failover::{self, Heartbeat};
 use ft_harness::bench::machine::Medium;
 use ft_harness::bench::row::Row;
-use ft_harness::bench::{linux, lockstep};
+use ft_harness::bench::{linux, lockstep, log};
 use ft_harness::error::{HarnessError, IoContext};
 use ft_harness::faults::{Fault, FaultPlan, Moment};
 use ft_harness::guest::{Guest, Linux};
@@ -63,6 +63,8 @@ enum Suite {
     Linux,
     /// The block daemon alone: IOPS and CPU per I/O.
     Blk,
+    /// The log daemon: commit latency, throughput, processor time, idle traffic.
+    Log,
 }
 
 /// Exit status when a run lost or forked something, or did not end as it must.
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
         Suite::Lockstep => bench_lockstep(&arguments),
         Suite::Linux => bench_linux(&arguments),
         Suite::Blk => bench_blk(&arguments),
+        Suite::Log => bench_log(&arguments),
     };
     match measured {
         Ok(true) => ExitCode::SUCCESS,
@@ -187,6 +190,16 @@ fn bench_linux(arguments: &Arguments) -> Result<bool, HarnessError> {
     }
     write_json(arguments, &rows)?;
     Ok(problems.is_empty())
+}
+
+fn bench_log(arguments: &Arguments) -> Result<bool, HarnessError> {
+    let setup = setup(arguments)?;
+    let directory = directory(Medium::Memory)?;
+    signals::clean_up(vec![directory.path().to_owned()])?;
+    let mut rows = Rows::default();
+    log::rows(&setup.bin_dir, directory.path(), arguments.rounds, &mut |more| rows.add(more))?;
+    write_json(arguments, &rows)?;
+    Ok(true)
 }
 
 fn words(arguments: &str) -> Vec<String> {
