@@ -5,6 +5,8 @@
 //!  messages ──► outgoing ──swap──►        "
 //!  receive ──► incoming (one fixed buffer) ──► frames ──► replay ring, core
 //! ```
+//! With TLS, [`crate::tls`] stands between both and the socket; everything else stays as it is.
+//!
 //! Entries leave only once the core said so ([`Channel::allow`]): after both sides said hello. What a message says holds for the
 //! entries before it, so that those leave first.
 
@@ -17,15 +19,28 @@ use std::{
 
 use ft_client::crash;
 use ft_protocol::{backlog::Backlog, ids::Generation, limits::FRAME_BYTES_MAX, message::Message};
-use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt};
+use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt};
 
 use crate::{
+    tls::{self, HeartbeatKeys, Session},
     token::{Done, Ring, Token},
     uring::Operation,
 };
 
 /// Bytes of the receive buffer: the largest frame and as much again behind it.
 const INCOMING_BYTES: usize = 2 * FRAME_BYTES_MAX;
+
+/// Ciphertext is received in pieces of this size: with what a session still has of an earlier record it fits where the largest frame does.
+const RECEIVED_BYTES: usize = 64 * 1024;
+const _: () = assert!(RECEIVED_BYTES + 32 * 1024 <= FRAME_BYTES_MAX);
+
+/// What a connection with TLS has besides.
+#[derive(Debug)]
+struct Secure {
+    session: Session,
+    /// `None` while a receive is in flight.
+    received: Option<Vec<u8>>,
+}
 
 /// One connection.
 #[derive(Debug)]
@@ -45,6 +60,7 @@ pub struct Channel {
     /// Bytes of the stream before `start`.
     position: u64,
     is_shut: bool,
+    secure: Option<Secure>,
 }
 
 /// Socket options of both ends.
@@ -61,7 +77,7 @@ fn prepare(socket: &OwnedFd, timeout_ms: u32) -> io::Result<()> {
 }
 
 impl Channel {
-    /// Takes a connected socket and starts to receive. Data that is not taken for `timeout_ms` breaks the connection.
+    /// Takes a connected socket and starts to receive, with TLS if there is a session. Data that is not taken for `timeout_ms` breaks the connection.
     ///
     /// # Errors
     /// As setsockopt(2) and [`Ring::submit`].
@@ -71,6 +87,7 @@ impl Channel {
         socket: Rc<OwnedFd>,
         peer: SocketAddr,
         timeout_ms: u32,
+        session: Option<Session>,
     ) -> io::Result<Self> {
         prepare(&socket, timeout_ms)?;
         let mut channel = Self {
@@ -87,6 +104,10 @@ impl Channel {
             end: 0,
             position: 0,
             is_shut: false,
+            secure: session.map(|session| Secure {
+                session,
+                received: Some(vec![0; RECEIVED_BYTES]),
+            }),
         };
         channel.receive(ring)?;
         Ok(channel)
@@ -130,6 +151,9 @@ impl Channel {
         if self.sending > 0 || self.is_shut {
             return Ok(());
         }
+        if self.secure.is_some() {
+            return self.flush_secure(ring, backlog);
+        }
         let entries = if self.is_open { backlog.take() } else { None };
         self.sending_entries = entries.is_some();
         let bytes = match entries {
@@ -145,6 +169,48 @@ impl Channel {
             Token::ChannelSend(self.number),
             Operation::Send(Rc::clone(&self.socket), bytes, 0),
         )
+    }
+
+    /// The same with TLS: entries are encrypted out of the backlog's memory, which comes back at once.
+    fn flush_secure(&mut self, ring: &mut Ring, backlog: &mut Backlog) -> io::Result<()> {
+        let Some(secure) = &mut self.secure else { return Ok(()) };
+        if secure.session.is_open() {
+            match if self.is_open { backlog.take() } else { None } {
+                Some(entries) => {
+                    crash::point("log.send.before");
+                    let written = secure.session.write(&entries);
+                    backlog.give_back(entries);
+                    written?;
+                }
+                None => {
+                    secure.session.write(&self.outgoing)?;
+                    self.outgoing.clear();
+                }
+            }
+        }
+        let mut bytes = std::mem::take(&mut self.spare);
+        secure.session.output(&mut bytes)?;
+        if bytes.is_empty() {
+            self.spare = bytes;
+            return Ok(());
+        }
+        self.sending_entries = false;
+        self.sending = bytes.len();
+        ring.submit(
+            Token::ChannelSend(self.number),
+            Operation::Send(Rc::clone(&self.socket), bytes, 0),
+        )
+    }
+
+    /// The keys for heartbeats, once, when both sides know each other; never without TLS.
+    pub fn take_heartbeat_keys(&mut self) -> Option<HeartbeatKeys> {
+        self.secure.as_mut()?.session.take_heartbeat_keys()
+    }
+
+    /// Whether the peer is still to prove who it is.
+    #[must_use]
+    pub fn is_handshaking(&self) -> bool {
+        self.secure.as_ref().is_some_and(|secure| !secure.session.is_open())
     }
 
     /// Takes the completion of a send.
@@ -181,12 +247,48 @@ impl Channel {
     /// Takes the completion of a receive; `false` at the end of the stream.
     ///
     /// # Errors
-    /// A broken connection.
+    /// A broken connection. [`io::ErrorKind::InvalidData`]: a peer that is not who it should be, or does not speak as this side does.
     pub fn received(&mut self, done: Done) -> io::Result<bool> {
-        self.incoming = Some(done.memory.into_bytes());
-        let count = done.result?;
-        self.end += count;
+        let bytes = done.memory.into_bytes();
+        let Some(secure) = &mut self.secure else {
+            self.incoming = Some(bytes);
+            let count = done.result?;
+            self.end += count;
+            if self.position == 0 && tls::looks_like_tls(self.unused()) {
+                return Err(invalid(
+                    "the peer speaks TLS, this side does not (--tls-cert, --tls-key, --tls-peer)",
+                ));
+            }
+            return Ok(count > 0);
+        };
+        let count = *done.result.as_ref().unwrap_or(&0);
+        let plain = self
+            .incoming
+            .as_mut()
+            .map_or(&mut [][..], |plain| &mut plain[self.end..]);
+        let read = secure.session.read(&bytes[..count], plain);
+        secure.received = Some(bytes);
+        done.result?;
+        match read {
+            Ok(length) => self.end += length,
+            Err(error) => {
+                self.say_last_word();
+                return Err(error);
+            }
+        }
         Ok(count > 0)
+    }
+
+    /// Tells the peer why: the session has an alert for it. Nothing waits for this, and a full socket does without.
+    fn say_last_word(&mut self) {
+        let mut alert = Vec::new();
+        if let Some(secure) = &mut self.secure
+            && self.sending == 0
+            && secure.session.output(&mut alert).is_ok()
+        {
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            let _ = socket::send(self.socket.as_raw_fd(), &alert, flags);
+        }
     }
 
     /// Bytes that were received and not used yet.
@@ -213,6 +315,16 @@ impl Channel {
     /// # Errors
     /// As [`Ring::submit`].
     pub fn receive(&mut self, ring: &mut Ring) -> io::Result<()> {
+        if let Some(secure) = &mut self.secure {
+            let (Some(received), Some(plain)) = (secure.received.take(), &mut self.incoming) else {
+                return Ok(());
+            };
+            plain.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+            let operation = Operation::Receive(Rc::clone(&self.socket), received, 0);
+            return ring.submit(Token::ChannelReceive(self.number), operation);
+        }
         let Some(mut bytes) = self.incoming.take() else {
             return Ok(());
         };
@@ -257,6 +369,10 @@ impl Channel {
     pub fn cut(self, ring: &mut Ring) -> io::Result<()> {
         ring.submit(Token::Cleanup, Operation::Shutdown(self.socket, libc::SHUT_RDWR))
     }
+}
+
+fn invalid(reason: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, reason)
 }
 
 /// A socket to connect to `peer` with, from `local`: the peer knows this host by that address.

@@ -97,6 +97,18 @@ pub struct Config {
     /// The other host's --listen.
     #[arg(long, value_name = "IP:PORT", required_unless_present = "alone")]
     pub peer: Option<SocketAddr>,
+    /// This host's certificate (PEM): the logging channel speaks mutual TLS 1.3, heartbeats are authenticated.
+    #[arg(long, value_name = "PEM", requires_all = ["tls_key", "tls_peer"])]
+    pub tls_cert: Option<PathBuf>,
+    /// The private key of --tls-cert (PEM).
+    #[arg(long, value_name = "PEM", requires_all = ["tls_cert", "tls_peer"])]
+    pub tls_key: Option<PathBuf>,
+    /// The peer's certificate (PEM; several where it is about to change). Exactly these are taken.
+    #[arg(long, value_name = "PEM", requires_all = ["tls_cert", "tls_key"])]
+    pub tls_peer: Option<PathBuf>,
+    /// Without TLS between two hosts: everybody on that network can read and change what the guest sees.
+    #[arg(long, conflicts_with = "tls_cert")]
+    pub plaintext: bool,
     /// Run without a backup: live from the start, outputs are not held.
     #[arg(long)]
     pub alone: bool,
@@ -171,6 +183,12 @@ impl Config {
             return Err("--lag-target-ms must not be above --lag-limit-ms".into());
         }
         if let (Some(listen), Some(peer)) = (self.listen, self.peer) {
+            let is_one_host = listen.ip().is_loopback() && peer.ip().is_loopback();
+            if self.tls_cert.is_none() && !self.plaintext && !self.alone && !is_one_host {
+                return Err(
+                    "the logging channel is not on loopback: give --tls-cert, --tls-key and --tls-peer, or --plaintext on a network of its own".into(),
+                );
+            }
             if listen == peer {
                 return Err("--listen and --peer are the same address: --peer is the other host's".into());
             }

@@ -79,6 +79,9 @@ pub enum StartError {
         /// Why not.
         source: io::Error,
     },
+    /// The identities of the pair cannot be used.
+    #[error(transparent)]
+    Identity(#[from] crate::tls::IdentityError),
     /// The kernel refuses something.
     #[error("cannot {what}: {source}")]
     Kernel {

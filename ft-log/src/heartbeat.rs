@@ -9,6 +9,7 @@ use ft_protocol::{
 use tracing::{debug, warn};
 
 use crate::{
+    tls::HeartbeatKeys,
     token::{Done, Ring, Token},
     uring::{Datagram, Operation},
 };
@@ -28,12 +29,17 @@ pub struct Heartbeats {
     sending: u32,
     spare: Vec<u8>,
     ignored: u64,
+    /// With TLS nothing is said or heard before there are keys.
+    is_authenticated: bool,
+    keys: Option<HeartbeatKeys>,
+    /// Of the peer's, under these keys: what is not newer was caught and sent again.
+    newest: Option<u64>,
 }
 
 impl Heartbeats {
-    /// Heartbeats of `vm` on a bound socket, with `peer`.
+    /// Heartbeats of `vm` on a bound socket, with `peer`; authenticated ones wait for [`Heartbeats::set_keys`].
     #[must_use]
-    pub fn new(socket: OwnedFd, peer: SocketAddr, vm: &str) -> Self {
+    pub fn new(socket: OwnedFd, peer: SocketAddr, vm: &str, is_authenticated: bool) -> Self {
         Self {
             socket: Rc::new(socket),
             peer,
@@ -42,7 +48,16 @@ impl Heartbeats {
             sending: 0,
             spare: Vec::new(),
             ignored: 0,
+            is_authenticated,
+            keys: None,
+            newest: None,
         }
+    }
+
+    /// Takes the keys of a new session.
+    pub fn set_keys(&mut self, keys: HeartbeatKeys) {
+        self.keys = Some(keys);
+        self.newest = None;
     }
 
     /// Datagrams that were not heartbeats of the peer.
@@ -95,12 +110,23 @@ impl Heartbeats {
         Ok(heartbeat)
     }
 
-    fn check(&self, datagram: &Datagram, length: usize) -> Option<(Generation, Message)> {
+    fn check(&mut self, datagram: &Datagram, length: usize) -> Option<(Generation, Message)> {
         if datagram.source() != Some(self.peer) {
             return None;
         }
-        let (generation, message) = Message::decode(datagram.bytes.get(..length)?).ok()?;
-        matches!(message, Message::Heartbeat { vm, .. } if vm == self.vm).then_some((generation, message))
+        let mut bytes = datagram.bytes.get(..length)?;
+        if self.is_authenticated {
+            bytes = self.keys.as_ref()?.open(bytes)?;
+        }
+        let (generation, message) = Message::decode(bytes).ok()?;
+        let Message::Heartbeat { vm, sequence, .. } = message else {
+            return None;
+        };
+        if vm != self.vm || self.is_authenticated && self.newest.is_some_and(|newest| sequence <= newest) {
+            return None;
+        }
+        self.newest = Some(sequence);
+        Some((generation, message))
     }
 
     /// Sends a heartbeat, unless earlier ones are stuck.
@@ -109,13 +135,16 @@ impl Heartbeats {
     /// As [`Ring::submit`].
     pub fn send(&mut self, ring: &mut Ring, message: &Message, generation: Generation) -> io::Result<()> {
         self.receive(ring)?;
-        if self.sending >= SENDING_MAX {
+        if self.sending >= SENDING_MAX || self.is_authenticated && self.keys.is_none() {
             return Ok(());
         }
         self.sending += 1;
         let mut bytes = std::mem::take(&mut self.spare);
         bytes.clear();
         message.encode(generation, &mut bytes);
+        if let Some(keys) = &self.keys {
+            keys.seal(&mut bytes);
+        }
         let datagram = Datagram::to_send(self.peer, bytes);
         ring.submit(
             Token::HeartbeatSend,

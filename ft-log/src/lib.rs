@@ -29,5 +29,6 @@ pub mod local;
 pub mod merge;
 mod sockaddr;
 pub mod start;
+pub mod tls;
 pub mod token;
 pub mod uring;

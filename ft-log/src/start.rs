@@ -32,6 +32,7 @@ use crate::{
     exit::{Exit, StartError},
     heartbeat::Heartbeats,
     local::Local,
+    tls::Identity,
     uring::Uring,
 };
 
@@ -60,7 +61,8 @@ pub fn run(config: Config) -> Result<Exit, StartError> {
             source,
         })?;
     }
-    let (listener, heartbeats) = sockets(&config)?;
+    let identity = identity(&config)?;
+    let (listener, heartbeats) = sockets(&config, identity.is_some())?;
     let local = Local::new(&config.devices).map_err(kernel("make shared memory for the VM"))?;
     let arbiter = Arbiter::new(&config.arbiter, &config.vm, &config.host())
         .map_err(kernel("read random bytes and start the arbiter's thread"))?;
@@ -88,6 +90,7 @@ pub fn run(config: Config) -> Result<Exit, StartError> {
             local,
             arbiter,
             shared,
+            identity,
             instance,
         },
     );
@@ -134,7 +137,17 @@ fn signals() -> io::Result<OwnedFd> {
     signals.as_fd().try_clone_to_owned()
 }
 
-fn sockets(config: &Config) -> Result<(Option<OwnedFd>, Option<Heartbeats>), StartError> {
+/// Who this side is, where TLS is wanted; [`Config::check`] made sure that it is given wherever it must be.
+fn identity(config: &Config) -> Result<Option<Identity>, StartError> {
+    match (&config.tls_cert, &config.tls_key, &config.tls_peer) {
+        (Some(certificate), Some(key), Some(peer)) if !config.alone => {
+            Ok(Some(Identity::read(certificate, key, peer)?))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn sockets(config: &Config, is_authenticated: bool) -> Result<(Option<OwnedFd>, Option<Heartbeats>), StartError> {
     let (Some(listen), Some(peer)) = (config.listen, config.peer) else {
         return Ok((None, None));
     };
@@ -159,7 +172,12 @@ fn sockets(config: &Config) -> Result<(Option<OwnedFd>, Option<Heartbeats>), Sta
     let address: SocketAddr = peer;
     Ok((
         listener.map(OwnedFd::from),
-        Some(Heartbeats::new(heartbeats.into(), address, &config.vm)),
+        Some(Heartbeats::new(
+            heartbeats.into(),
+            address,
+            &config.vm,
+            is_authenticated,
+        )),
     ))
 }
 

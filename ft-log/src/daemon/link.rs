@@ -21,6 +21,8 @@ use tracing::{debug, info, warn};
 use super::Daemon;
 use crate::{
     channel::{self, Channel},
+    config::Side,
+    tls::Identity,
     token::{Done, Ring, Token},
     uring::Operation,
 };
@@ -74,10 +76,21 @@ pub(super) struct Link {
     orphan: Option<u32>,
     told: Option<io::ErrorKind>,
     timeout_ms: u32,
+    /// For TLS.
+    identity: Option<Identity>,
+    side: Side,
+    /// Why the peer was refused, as the operator was told.
+    refused: Option<String>,
 }
 
 impl Link {
-    pub(super) fn new(listener: Option<OwnedFd>, connect_at_ns: Option<u64>, timeout_ms: u32) -> Self {
+    pub(super) fn new(
+        listener: Option<OwnedFd>,
+        connect_at_ns: Option<u64>,
+        timeout_ms: u32,
+        identity: Option<Identity>,
+        side: Side,
+    ) -> Self {
         Self {
             listener: listener.map(Rc::new),
             accept_at_ns: None,
@@ -90,6 +103,22 @@ impl Link {
             orphan: None,
             told: None,
             timeout_ms,
+            identity,
+            side,
+            refused: None,
+        }
+    }
+
+    /// The other end is not the peer, or does not speak as this side does. A trouble that stays is told once.
+    fn tell_refused(&mut self, peer: SocketAddr, error: &io::Error) {
+        if error.kind() != io::ErrorKind::InvalidData {
+            debug!("receiving from {peer}: {error}");
+            return;
+        }
+        let reason = error.to_string();
+        if self.refused.as_ref() != Some(&reason) {
+            warn!("refused the logging channel with {peer}: {reason}");
+            self.refused = Some(reason);
         }
     }
 
@@ -134,7 +163,12 @@ impl Link {
     /// A new connection, of which nothing is known.
     fn open(&mut self, ring: &mut Ring, socket: Rc<OwnedFd>, peer: SocketAddr) -> io::Result<Channel> {
         self.numbers = self.numbers.wrapping_add(1);
-        Channel::new(ring, self.numbers, socket, peer, self.timeout_ms)
+        let session = self
+            .identity
+            .as_ref()
+            .map(|identity| identity.session(self.side))
+            .transpose()?;
+        Channel::new(ring, self.numbers, socket, peer, self.timeout_ms, session)
     }
 
     fn candidate(&self, number: u32) -> Option<usize> {
@@ -194,8 +228,20 @@ impl Daemon {
     fn candidate_received(&mut self, at: usize, done: Done) -> io::Result<()> {
         let candidate = &mut self.vm.link.candidates[at];
         let channel = &mut candidate.channel;
-        if !matches!(channel.received(done), Ok(true)) {
-            return self.drop_candidate(at);
+        match channel.received(done) {
+            Ok(true) => {}
+            Ok(false) => return self.drop_candidate(at),
+            Err(error) => {
+                let peer = channel.peer();
+                let is_refused = candidate.is_refused;
+                self.vm.link.tell_refused(peer, &error);
+                // A side without TLS can still say why.
+                if error.kind() == io::ErrorKind::InvalidData && self.vm.link.identity.is_none() && !is_refused {
+                    let reason = "this side has no TLS identity (--tls-cert, --tls-key, --tls-peer)".into();
+                    return self.refuse_candidate(at, Message::Refuse { reason });
+                }
+                return self.drop_candidate(at);
+            }
         }
         if candidate.is_refused {
             channel.discard();
@@ -355,9 +401,17 @@ impl Daemon {
         };
         match channel.received(done) {
             Ok(true) => self.receive_log(),
-            Ok(false) => self.drop_channel(),
+            Ok(false) => {
+                if channel.is_handshaking() {
+                    let (peer, closed) = (channel.peer(), "the peer ended the connection before it said who it is");
+                    let error = io::Error::new(io::ErrorKind::InvalidData, closed);
+                    self.vm.link.tell_refused(peer, &error);
+                }
+                self.drop_channel()
+            }
             Err(error) => {
-                debug!("receiving from {}: {error}", channel.peer());
+                let peer = channel.peer();
+                self.vm.link.tell_refused(peer, &error);
                 self.drop_channel()
             }
         }
@@ -398,13 +452,21 @@ impl Daemon {
         if let Some(leaving) = &mut link.leaving {
             leaving.channel.wind_down(&mut self.ring, backlog)?;
         }
-        for candidate in link.candidates.iter_mut().filter(|candidate| candidate.is_refused) {
-            candidate.channel.wind_down(&mut self.ring, backlog)?;
+        for candidate in &mut link.candidates {
+            match candidate.is_refused {
+                true => candidate.channel.wind_down(&mut self.ring, backlog)?,
+                false => candidate.channel.flush(&mut self.ring, backlog)?,
+            }
         }
-        match &mut link.channel {
-            Some(channel) => channel.flush(&mut self.ring, backlog),
-            None => Ok(()),
+        let Some(channel) = &mut link.channel else {
+            return Ok(());
+        };
+        if let (Some(heartbeats), Some(keys)) = (&mut self.heartbeats, channel.take_heartbeat_keys()) {
+            info!("the peer is who it should be (TLS 1.3)");
+            link.refused = None;
+            heartbeats.set_keys(keys);
         }
+        channel.flush(&mut self.ring, backlog)
     }
 
     pub(super) fn link_on_time(&mut self, now_ns: u64) -> io::Result<()> {

@@ -37,6 +37,7 @@ use crate::{
     journal_writer::JournalFailure,
     local::Local,
     merge::Violation,
+    tls::Identity,
     token::{Done, Ring, Token},
     uring::Operation,
 };
@@ -75,6 +76,8 @@ pub struct Parts {
     pub local: Local,
     /// The arbiter.
     pub arbiter: Arbiter,
+    /// For TLS on the logging channel.
+    pub identity: Option<Identity>,
     /// The management plane.
     pub shared: Arc<Shared>,
     /// A random number that names this start of the daemon.
@@ -116,7 +119,13 @@ impl Daemon {
         let now_ns = monotonic_ns();
         let connects = config.role == Side::Primary && !config.alone;
         let timeout_ms = u32::try_from(config.channel_timeout_ms()).unwrap_or(u32::MAX);
-        let link = Link::new(parts.listener, connects.then_some(now_ns), timeout_ms);
+        let link = Link::new(
+            parts.listener,
+            connects.then_some(now_ns),
+            timeout_ms,
+            parts.identity,
+            config.role,
+        );
         let mut daemon = Self {
             clients: Clients::new(&config.vm, parts.socket),
             doorbell: Rc::new(parts.local.doorbell()?),

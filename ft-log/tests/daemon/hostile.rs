@@ -218,7 +218,7 @@ fn a_backup_whose_clients_write_is_over() {
 // ---- peers ---------------------------------------------------------------------------------------------------------------
 
 /// Connects to host B as host A would, from its address.
-fn connect_as_a(world: &World) -> TcpStream {
+pub(crate) fn connect_as_a(world: &World) -> TcpStream {
     let a: SocketAddr = world.address(HostId::A).parse().unwrap();
     let b: SocketAddr = world.address(HostId::B).parse().unwrap();
     let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();

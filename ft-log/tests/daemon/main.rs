@@ -9,4 +9,5 @@ mod kills;
 mod proxy;
 mod reconnection;
 mod refusals;
+mod tls;
 mod world;

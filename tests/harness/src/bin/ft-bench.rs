@@ -197,7 +197,9 @@ fn bench_log(arguments: &Arguments) -> Result<bool, HarnessError> {
     let directory = directory(Medium::Memory)?;
     signals::clean_up(vec![directory.path().to_owned()])?;
     let mut rows = Rows::default();
-    log::rows(&setup.bin_dir, directory.path(), arguments.rounds, &mut |more| rows.add(more))?;
+    log::rows(&setup.bin_dir, directory.path(), arguments.rounds, &mut |more| {
+        rows.add(more)
+    })?;
     write_json(arguments, &rows)?;
     Ok(true)
 }
