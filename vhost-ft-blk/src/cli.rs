@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use ft_vhost::{
     conventions::Conventions,
     daemon::{self, Signals},
@@ -46,6 +46,9 @@ pub struct Arguments {
     /// Bypass the page cache (O_DIRECT). Blocks must be as large as the image's file system or device wants them.
     #[arg(long, conflicts_with = "ft_log")]
     direct: bool,
+    /// When a write is done: with its data in the host's cache, or on the disk. A driver can change it.
+    #[arg(long, value_enum, value_name = "MODE", default_value = "writeback")]
+    cache: Cache,
     /// What happens to a write that finds no space on the image's file system. A protected VM's gets the error.
     #[arg(long, value_enum, value_name = "POLICY", default_value = "report")]
     on_enospc: OnEnospc,
@@ -81,6 +84,15 @@ impl Order {
         info!("{done}");
         Ok(())
     }
+}
+
+/// Cache modes of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Cache {
+    /// Done is what a flush makes durable.
+    Writeback,
+    /// Done is durable.
+    Writethrough,
 }
 
 fn serial(text: &str) -> Result<String, String> {
@@ -132,6 +144,7 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
     };
     let policy = Policy {
         serial: arguments.serial,
+        write_through: arguments.cache == Cache::Writethrough,
         on_enospc: arguments.on_enospc,
         poll_ns_max: u64::from(arguments.poll_us) * 1000,
     };

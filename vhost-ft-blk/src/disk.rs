@@ -74,6 +74,8 @@ pub enum OnEnospc {
 pub struct Policy {
     /// What GET_ID answers, cut to what the driver can be told.
     pub serial: String,
+    /// Every write is durable before the guest is told that it is done, unless the driver chooses otherwise.
+    pub write_through: bool,
     /// Writes without space.
     pub on_enospc: OnEnospc,
     /// How long, at most, to look for more work before sleeping.
@@ -84,6 +86,7 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             serial: SERIAL.into(),
+            write_through: false,
             on_enospc: OnEnospc::Report,
             poll_ns_max: 0,
         }
@@ -141,8 +144,8 @@ impl Disk {
             guest: BlkGuestSide::new(geometry),
             image,
             life: Life::Alone,
+            write_through: policy.write_through,
             policy,
-            write_through: false,
             schedule: Schedule::default(),
             jobs: ById::default(),
             buffers: Buffers::default(),
@@ -394,7 +397,10 @@ impl Device for Disk {
     }
 
     fn set_features(&mut self, features: u64) {
-        self.write_through = features & (FEATURE_FLUSH | FEATURE_CONFIG_WCE) == 0;
+        // A driver that can choose the mode finds the one that was chosen last; one that can neither choose nor flush relies on us.
+        if features & FEATURE_CONFIG_WCE == 0 {
+            self.write_through = self.policy.write_through || features & FEATURE_FLUSH == 0;
+        }
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), String> {
@@ -423,9 +429,13 @@ impl Device for Disk {
     fn resize(&mut self, bytes: Option<u64>) -> Result<Vec<u8>, String> {
         self.image.resize(bytes)?;
         self.guest.resize(self.image.sectors());
+        Ok(self.config())
+    }
+
+    fn config(&mut self) -> Vec<u8> {
         let mut config = self.guest.config();
         config[CONFIG_WRITEBACK_OFFSET as usize] = u8::from(!self.write_through);
-        Ok(config)
+        config
     }
 
     fn start(&mut self, life: Life, io: &mut Uring) -> Result<(), End> {

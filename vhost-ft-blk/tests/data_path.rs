@@ -110,6 +110,35 @@ fn direct_io_serves_any_alignment_of_the_guests_memory() {
 }
 
 #[test]
+fn the_cache_mode_is_the_operators_until_the_driver_chooses() {
+    let (directory, image) = on_disk();
+    for (mode, writeback) in [("writeback", 1), ("writethrough", 0)] {
+        let socket = directory.path().join(mode);
+        let _daemon = Daemon::listening(&mut daemon(&socket, &image, &["--cache", mode]));
+        let memory = memory();
+        let driver = BlkDriver::new(&memory, true);
+        let mut session = Session::start(&socket, &memory, u64::MAX, &[&driver.ring]);
+        assert_eq!(session.config(60)[32], writeback);
+        session.set_config(32, &[1 - writeback]).unwrap();
+        drop(session);
+        // The next frontend finds what the last one chose.
+        let mut session = Session::start(&socket, &memory, u64::MAX, &[&driver.ring]);
+        assert_eq!(session.config(60)[32], 1 - writeback);
+    }
+}
+
+#[test]
+fn a_queue_beyond_the_operators_bound_is_refused() {
+    use vhost::VhostBackend;
+    let (directory, image) = on_disk();
+    let socket = directory.path().join("socket");
+    let _daemon = Daemon::listening(&mut daemon(&socket, &image, &["--queue-size", "64"]));
+    let session = Session::negotiate(&socket, u64::MAX, 1);
+    session.frontend.set_vring_num(0, 64).unwrap();
+    assert!(session.frontend.set_vring_num(0, 128).is_err());
+}
+
+#[test]
 fn a_protected_disk_does_no_direct_io() {
     let (directory, image) = on_disk();
     let socket = directory.path().join("socket");

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use crate::{
     daemon::{Membership, Options},
+    guest_side::QUEUE_SIZE_MAX,
     session::Source,
 };
 
@@ -31,12 +32,22 @@ pub struct Conventions {
     /// Name of this device in the VM, as in ft-log's --devices.
     #[arg(long, value_name = "NAME", requires = "ft_log")]
     device: Option<String>,
+    /// Largest queue that a driver may configure: a power of two up to 1024.
+    #[arg(long, value_name = "N", default_value_t = QUEUE_SIZE_MAX, value_parser = queue_size)]
+    queue_size: u16,
     /// Socket for the operator's commands while the daemon runs.
     #[arg(long, value_name = "SOCK")]
     control: Option<PathBuf>,
     /// Append one JSON object per event to this file.
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
+}
+
+fn queue_size(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        Ok(size @ 1..=QUEUE_SIZE_MAX) if size.is_power_of_two() => Ok(size),
+        _ => Err(format!("a power of two from 1 to {QUEUE_SIZE_MAX}")),
+    }
 }
 
 impl Conventions {
@@ -71,6 +82,7 @@ impl Conventions {
             membership: self.membership(),
             events: self.events.clone(),
             control: self.control.clone(),
+            queue_size: self.queue_size,
         }
     }
 }
@@ -99,6 +111,21 @@ mod tests {
         assert_eq!(source("--fd 5"), Source::Descriptor(5));
         assert_eq!(source(""), Source::Activation);
         assert!(parse("--socket-path s --fd 5").is_err());
+    }
+
+    #[test]
+    fn queue_sizes_are_powers_of_two_that_can_be() {
+        let size = |line| parse(line).map(|parsed| parsed.options().queue_size).ok();
+        assert_eq!(size(""), Some(1024));
+        assert_eq!(size("--queue-size 128"), Some(128));
+        for line in [
+            "--queue-size 0",
+            "--queue-size 100",
+            "--queue-size 2048",
+            "--queue-size many",
+        ] {
+            assert_eq!(size(line), None, "{line}");
+        }
     }
 
     #[test]

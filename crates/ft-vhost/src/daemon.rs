@@ -124,6 +124,8 @@ pub struct Options {
     pub events: Option<PathBuf>,
     /// Where operators' commands come from.
     pub control: Option<PathBuf>,
+    /// Largest queue a driver may configure.
+    pub queue_size: u16,
 }
 
 /// Makes the device, or the part of it that one of several threads has: all parts know all queues, and each serves its own.
@@ -158,12 +160,14 @@ pub fn serve(
     let control = options.control.as_deref().map(Listener::bind);
     let control = control.transpose().map_err(End::environment)?;
     let mut device = make()?;
+    let config = ConfigSpace::new(device.config());
     let guest = device.guest();
     let alone = options.membership.is_none();
     let description = Description {
         features: guest.features(),
-        config: ConfigSpace::new(guest.config()),
+        config,
         queues: guest.queue_count(),
+        queue_size_max: options.queue_size,
         tracks_inflight: alone && guest.tracks_inflight(),
         alone,
     };

@@ -110,7 +110,8 @@ impl<D: Device> Alone<D> {
         self.io.poll(self.signals.as_raw_fd(), TOKEN_SIGNALS);
         self.io.poll(self.failed.as_raw_fd(), TOKEN_FAILED);
         self.device.start(Life::Alone, &mut self.io)?;
-        let mut patience = Patience::new(self.device.poll_ns_max());
+        // Waits for the image take as long as it takes; waits for the driver are another matter. Each is learned by itself.
+        let mut patience = [Patience::new(self.device.poll_ns_max()); 2];
         // Whether the rings are looked at without being told; the drivers are asked to tell before this thread sleeps.
         let mut looking = false;
         loop {
@@ -133,9 +134,9 @@ impl<D: Device> Alone<D> {
             );
             let more = self.lines.iter().any(|line| line.kicked && line.serves) && self.device.has_room();
             if worked || more {
-                patience.busy(now);
+                patience.iter_mut().for_each(|patience| patience.busy(now));
                 self.io.submit();
-            } else if patience.looks_again(now) {
+            } else if patience[usize::from(self.device.is_idle())].looks_again(now) {
                 looking = true;
                 self.io.submit();
                 std::hint::spin_loop();

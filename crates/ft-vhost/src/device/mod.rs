@@ -46,6 +46,11 @@ pub trait Device {
     /// The half that touches guest memory.
     fn guest(&mut self) -> &mut dyn GuestSide;
 
+    /// The configuration space at this moment.
+    fn config(&mut self) -> Vec<u8> {
+        self.guest().config()
+    }
+
     /// The driver took these features.
     fn set_features(&mut self, _features: u64) {}
 

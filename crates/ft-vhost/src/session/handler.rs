@@ -277,7 +277,12 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let size = u16::try_from(num).map_err(|_| Error::InvalidParam)?;
-        if !size.is_power_of_two() || size > QUEUE_SIZE_MAX {
+        if !size.is_power_of_two() || size > self.description.queue_size_max {
+            error!(
+                size,
+                max = self.description.queue_size_max,
+                "a queue of this size is refused: see --queue-size"
+            );
             return Err(Error::InvalidParam);
         }
         self.change(index, |vring| vring.setup.size = size)

@@ -36,6 +36,8 @@ pub struct Description {
     pub config: ConfigSpace,
     /// Queues.
     pub queues: u16,
+    /// Entries a queue may have.
+    pub queue_size_max: u16,
     /// Whether it can take up the requests of a killed predecessor.
     pub tracks_inflight: bool,
     /// Whether the VM may migrate and its disk change under it: not one that is protected.

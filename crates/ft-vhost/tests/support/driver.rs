@@ -246,8 +246,14 @@ impl BlkDriver {
 
     /// The driver of the first queue with rings of `size` entries that nobody used before.
     pub fn fresh(memory: &GuestMemoryMmap, event_idx: bool, size: u16) -> Self {
+        let driver = Self::fresh_layout(memory, event_idx, size);
+        driver.ring.write(0x1_0000, &[0; 0x1_0000]);
+        driver
+    }
+
+    /// The same, whatever is in the rings.
+    pub fn fresh_layout(memory: &GuestMemoryMmap, event_idx: bool, size: u16) -> Self {
         let ring = Driver::new(memory, 0x1_0000, size, event_idx);
-        ring.write(0x1_0000, &[0; 0x1_0000]);
         Self { ring, slots: 1 << 20 }
     }
 
