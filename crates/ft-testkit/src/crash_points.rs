@@ -162,8 +162,15 @@ pub fn scripts() -> Vec<(&'static str, Plan)> {
 /// Cuts every script at every point in every way.
 #[must_use]
 pub fn enumerate(mutant: Option<Mutant>) -> Enumeration {
+    enumerate_round(mutant, 0)
+}
+
+/// The same with what the scripts leave to chance drawn from another seed.
+#[must_use]
+pub fn enumerate_round(mutant: Option<Mutant>, seed: u64) -> Enumeration {
     let mut all = Enumeration::default();
-    for (script, plan) in scripts() {
+    for (script, mut plan) in scripts() {
+        plan.seed = seed;
         let mut options = Options {
             mutant,
             ..Options::default()
@@ -181,6 +188,14 @@ pub fn enumerate(mutant: Option<Mutant>) -> Enumeration {
 }
 
 impl Enumeration {
+    /// Adds what another round came to.
+    pub fn add(&mut self, other: Self) {
+        self.points += other.points;
+        self.runs += other.runs;
+        self.failovers += other.failovers;
+        self.broken.extend(other.broken);
+    }
+
     fn run(&mut self, script: &'static str, plan: &Plan, options: Options) -> u64 {
         let outcome = run(plan, options);
         self.runs += 1;

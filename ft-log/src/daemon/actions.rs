@@ -105,12 +105,13 @@ impl Daemon {
     }
 
     fn throttle(&mut self, permille: u32) {
-        if (permille == 0) != (self.vm.local.region.throttle() == 0) {
+        let was = self.vm.local.region.throttle();
+        self.vm.local.region.set_throttle(permille);
+        if (permille == 0) != (was == 0) {
             let lag_ms = self.vm.replica.lag_ns(monotonic_ns()) / 1_000_000;
             self.events
                 .emit("throttle", json!({ "permille": permille, "lag_ms": lag_ms }));
         }
-        self.vm.local.region.set_throttle(permille);
     }
 
     fn publish(&mut self, role: Role, generation: Generation, replay_end: Lsn) {

@@ -1,5 +1,6 @@
 //! Real daemons as processes, with fake shims and devices made of the client library.
 
+mod acknowledgements;
 mod arbiter;
 mod control;
 mod failover;

@@ -36,6 +36,9 @@ struct Arguments {
     /// Cut the scripted runs at every crash point instead of running seeds.
     #[arg(long, conflicts_with_all = ["trace", "keep"])]
     enumerate: bool,
+    /// With --enumerate: all of it so many times, each with another jitter of the network and other choices of the guest.
+    #[arg(long, value_name = "COUNT", default_value_t = 1, requires = "enumerate")]
+    rounds: u64,
     /// Print the whole history of one seed.
     #[arg(long, value_name = "SEED")]
     trace: Option<u64>,
@@ -219,7 +222,14 @@ fn trace(arguments: &Arguments, seed: u64) -> bool {
 
 fn enumerate(arguments: &Arguments) -> bool {
     let begun = Instant::now();
-    let all = crash_points::enumerate(arguments.mutant);
+    let mut all = crash_points::Enumeration::default();
+    for round in 0..arguments.rounds {
+        let of_round = crash_points::enumerate_round(arguments.mutant, round);
+        if !of_round.broken.is_empty() {
+            println!("round {round}:");
+        }
+        all.add(of_round);
+    }
     for broken in all.broken.iter().take(PRINTED_MAX) {
         let failure = broken.outcome.failure.as_ref().expect("it is broken");
         println!(
