@@ -133,6 +133,8 @@ mod tests {
             ("heart-beat = 3", ["no key 'heart-beat'", "heartbeat-interval-ms"]),
             ("config = 'x'", ["no key 'config'", "heartbeat-misses"]),
             ("heartbeat-interval-ms = 0", ["heartbeat-interval-ms = 0", "1..=60000"]),
+            ("leave-timeout-ms = 9", ["leave-timeout-ms = 9", "10..=60000"]),
+            ("journal-backlog-mib = 1", ["journal-backlog-mib = 1", "4..=4096"]),
             ("heartbeat-interval-ms = 'often'", ["\"often\"", "invalid digit"]),
             (
                 "heartbeat-interval-ms = [1, 2]",

@@ -26,8 +26,6 @@ use crate::{
 const CONNECTIONS_MAX: usize = DEVICES_MAX + 1 + 16;
 /// Bytes of a fingerprint, of which we only need that it is bounded.
 const FINGERPRINT_BYTES_MAX: usize = 256;
-/// A connection that has not said who it is after this time is closed.
-const GREETING_NS_MAX: u64 = 5_000_000_000;
 /// After an error that may go away by itself, such as too many open files.
 const ACCEPT_RETRY_NS: u64 = 100_000_000;
 
@@ -69,6 +67,8 @@ pub enum News {
 #[derive(Debug)]
 pub struct Clients {
     vm: String,
+    /// A connection that has not said who it is after this time is closed.
+    join_timeout_ns: u64,
     listener: Rc<OwnedFd>,
     connections: Vec<Connection>,
     numbers: u32,
@@ -79,9 +79,10 @@ pub struct Clients {
 impl Clients {
     /// Serves `vm` on a listening socket.
     #[must_use]
-    pub fn new(vm: &str, listener: OwnedFd) -> Self {
+    pub fn new(vm: &str, listener: OwnedFd, join_timeout_ns: u64) -> Self {
         Self {
             vm: vm.into(),
+            join_timeout_ns,
             listener: Rc::new(listener),
             connections: Vec::new(),
             numbers: 0,
@@ -121,7 +122,7 @@ impl Clients {
             number: self.numbers,
             socket: Rc::new(socket),
             seat: None,
-            greet_until_ns: now_ns + GREETING_NS_MAX,
+            greet_until_ns: now_ns + self.join_timeout_ns,
             filled: 0,
         };
         connection.receive(ring, vec![0; LINE_BYTES_MAX])?;

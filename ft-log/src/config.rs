@@ -9,7 +9,12 @@ use ft_protocol::{
     replica,
 };
 
-use crate::{arbiter::ArbiterAddress, control::MetricsAddress, journal_writer::JournalSettings};
+use crate::{
+    arbiter::ArbiterAddress,
+    control::MetricsAddress,
+    journal_writer::JournalSettings,
+    timers::{Timers, ns},
+};
 
 /// Which side of the pair this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -142,6 +147,9 @@ pub struct Config {
     /// Serve metrics for Prometheus there: a loopback address, or unix:PATH.
     #[arg(long, value_name = "IP:PORT|unix:PATH")]
     pub metrics: Option<MetricsAddress>,
+    /// Times and limits.
+    #[command(flatten)]
+    pub timers: Timers,
     /// Device daemons of the VM, comma separated; both hosts name them in the same order.
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "blk0,net0", value_parser = file_name)]
     pub devices: Vec<String>,
@@ -216,6 +224,8 @@ impl Config {
             directory: self.journal.clone(),
             segment_bytes: self.journal_segment_kib * 1024,
             keep_segments: self.journal_keep_segments,
+            write_delay_ns: ns(self.timers.journal_write_delay_ms),
+            backlog_bytes: (self.timers.journal_backlog_mib as usize) << 20,
         }
     }
 

@@ -6,7 +6,7 @@
 //!             Open, Sync, Close stand in the same queue, so that segments end between entries
 //!  durable acknowledgements: Write ──► Sync ──► durable(); what was appended meanwhile is the next Write
 //! ```
-//! The format is `ft_client::journal`'s. A journal that fails, or falls behind by more than [`BACKLOG_BYTES_MAX`], ends with one
+//! The format is `ft_client::journal`'s. A journal that fails, or falls behind by more than [`JournalSettings::backlog_bytes`], ends with one
 //! clear error; whether the VM goes on is the operator's choice (`--journal-failure`).
 
 use std::{
@@ -30,12 +30,8 @@ use crate::{
     uring::Operation,
 };
 
-/// A write waits for this many bytes ...
+/// A write that is smaller waits for more, for [`JournalSettings::write_delay_ns`].
 const WRITE_BYTES: usize = 64 * 1024;
-/// ... or this long, whichever comes first.
-const WRITE_DELAY_NS: u64 = 5_000_000;
-/// Bytes that may wait for the disk.
-const BACKLOG_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Largest batch that one call may append, so that no segment exceeds its limit.
 pub const BATCH_BYTES_MAX: usize = (SEGMENT_BYTES_MAX - SEGMENT_BYTES) as usize;
 
@@ -77,6 +73,10 @@ pub struct JournalSettings {
     pub segment_bytes: u64,
     /// Segments that are kept, the current one included; 0 for all.
     pub keep_segments: u32,
+    /// How long a write that could be larger waits for more.
+    pub write_delay_ns: u64,
+    /// Bytes that may wait for the disk.
+    pub backlog_bytes: usize,
 }
 
 #[derive(Debug)]
@@ -226,7 +226,7 @@ impl JournalWriter {
             return Ok(());
         }
         assert!(frames.len() <= BATCH_BYTES_MAX, "a batch of {} bytes", frames.len());
-        if self.waiting_bytes + frames.len() > BACKLOG_BYTES_MAX {
+        if self.waiting_bytes + frames.len() > self.settings.backlog_bytes {
             let bytes = self.waiting_bytes;
             self.abandon();
             return Err(JournalFailure::Behind {
@@ -326,7 +326,7 @@ impl JournalWriter {
     #[must_use]
     pub fn deadline_ns(&self) -> Option<u64> {
         let waits = self.running.is_none() && matches!(self.steps.front(), Some(Step::Write(..)));
-        waits.then(|| self.waiting_since_ns + WRITE_DELAY_NS)
+        waits.then(|| self.waiting_since_ns + self.settings.write_delay_ns)
     }
 
     /// Starts the next step if it is due.
@@ -341,7 +341,7 @@ impl JournalWriter {
             let due = self.flushes
                 || self.steps.len() > 1
                 || bytes.len() >= WRITE_BYTES
-                || now_ns >= self.waiting_since_ns + WRITE_DELAY_NS;
+                || now_ns >= self.waiting_since_ns + self.settings.write_delay_ns;
             if !due {
                 return Ok(());
             }

@@ -29,6 +29,7 @@ pub mod local;
 pub mod merge;
 mod sockaddr;
 pub mod start;
+pub mod timers;
 pub mod tls;
 pub mod token;
 pub mod uring;

@@ -22,6 +22,7 @@ use super::Daemon;
 use crate::{
     channel::{self, Channel},
     config::Side,
+    timers::ns,
     tls::Identity,
     token::{Done, Ring, Token},
     uring::Operation,
@@ -29,14 +30,8 @@ use crate::{
 
 /// After an error of accept, which may go away by itself.
 const ACCEPT_RETRY_NS: u64 = 100_000_000;
-/// Between two attempts to connect.
-const CONNECT_RETRY_NS: u64 = 100_000_000;
-/// The same where a pair waits for it.
+/// Between two attempts to connect where a pair waits for it.
 const RECONNECT_RETRY_NS: u64 = 20_000_000;
-/// How long one attempt may take: the first SYN may be lost once.
-const CONNECT_NS: u64 = 1_500_000_000;
-/// How long the last messages may take to leave.
-const LEAVE_NS: u64 = 200_000_000;
 
 /// A channel that is over but for its last messages.
 #[derive(Debug)]
@@ -291,7 +286,7 @@ impl Daemon {
         let generation: Generation = self.vm.replica.generation();
         let candidate = &mut self.vm.link.candidates[at];
         candidate.is_refused = true;
-        candidate.until_ns = monotonic_ns() + LEAVE_NS;
+        candidate.until_ns = monotonic_ns() + ns(self.config.timers.leave_timeout_ms);
         candidate.channel.message(&answer, generation);
         candidate.channel.discard();
         candidate.channel.receive(&mut self.ring)
@@ -316,7 +311,7 @@ impl Daemon {
         };
         self.vm.link.connecting = Some(Connecting {
             socket: Rc::clone(&socket),
-            until_ns: now_ns + CONNECT_NS,
+            until_ns: now_ns + ns(self.config.timers.connect_timeout_ms),
         });
         self.ring
             .submit(Token::ChannelConnect, Operation::Connect(socket, peer))
@@ -368,7 +363,7 @@ impl Daemon {
             return;
         }
         let pause_ns = match self.vm.replica.role() {
-            Role::Pairing => CONNECT_RETRY_NS,
+            Role::Pairing => ns(self.config.timers.connect_retry_ms),
             _ if failed => RECONNECT_RETRY_NS,
             _ => 0,
         };
@@ -517,7 +512,7 @@ impl Daemon {
         channel.receive(&mut self.ring)?;
         self.vm.link.leaving = Some(Leaving {
             channel,
-            until_ns: monotonic_ns() + LEAVE_NS,
+            until_ns: monotonic_ns() + ns(self.config.timers.leave_timeout_ms),
         });
         self.gone();
         Ok(())

@@ -37,6 +37,7 @@ use crate::{
     journal_writer::JournalFailure,
     local::Local,
     merge::Violation,
+    timers::ns,
     tls::Identity,
     token::{Done, Ring, Token},
     uring::Operation,
@@ -44,16 +45,10 @@ use crate::{
 
 /// Looks at the rings after work before the loop sleeps: a few microseconds.
 const SPINS: u32 = 100;
-/// Between two `log` events.
-const REPORT_NS: u64 = 500_000_000;
 /// Between two looks at a replay ring that is full.
 const FULL_RETRY_NS: u64 = 1_000_000;
 /// Between two looks at a replay that trails.
 const REPLAY_LOOK_NS: u64 = 10_000_000;
-/// How long an end waits for the disk to take the rest of the journal.
-const JOURNAL_END_NS: u64 = 5_000_000_000;
-/// How long an arbiter may be silent before the operator hears of it.
-const ARBITER_SILENCE_NS: u64 = 1_000_000_000;
 /// struct signalfd_siginfo.
 const SIGNAL_BYTES: usize = 128;
 
@@ -127,7 +122,7 @@ impl Daemon {
             config.role,
         );
         let mut daemon = Self {
-            clients: Clients::new(&config.vm, parts.socket),
+            clients: Clients::new(&config.vm, parts.socket, ns(config.timers.join_timeout_ms)),
             doorbell: Rc::new(parts.local.doorbell()?),
             ring: parts.ring,
             events: parts.events,
@@ -138,7 +133,7 @@ impl Daemon {
             actions: Vec::new(),
             news: Vec::new(),
             scratch: Vec::new(),
-            report_at_ns: now_ns + REPORT_NS,
+            report_at_ns: now_ns + ns(config.timers.report_interval_ms),
             ending: None,
             shared: parts.shared,
             config,
@@ -408,7 +403,7 @@ impl Daemon {
         let silence = (!self.vm.arbiter_warned)
             .then(|| self.vm.arbiter.asked_at_ns())
             .flatten()
-            .map(|asked| asked + ARBITER_SILENCE_NS);
+            .map(|asked| asked + ns(self.config.timers.arbiter_warning_ms));
         [
             self.vm.replica.deadline_ns(),
             self.vm.link.deadline_ns(),
@@ -431,7 +426,9 @@ impl Daemon {
         self.link_on_time(now_ns)?;
         self.clients.on_time(&mut self.ring, now_ns)?;
         let asked = self.vm.arbiter.asked_at_ns();
-        if !self.vm.arbiter_warned && asked.is_some_and(|asked| now_ns >= asked + ARBITER_SILENCE_NS) {
+        if !self.vm.arbiter_warned
+            && asked.is_some_and(|asked| now_ns >= asked + ns(self.config.timers.arbiter_warning_ms))
+        {
             self.vm.arbiter_warned = true;
             warn!(
                 "{}: the arbiter does not answer; nothing is released until it does",
@@ -439,7 +436,7 @@ impl Daemon {
             );
         }
         if now_ns >= self.report_at_ns {
-            self.report_at_ns = now_ns + REPORT_NS;
+            self.report_at_ns = now_ns + ns(self.config.timers.report_interval_ms);
             self.report();
             if self.vm.takes_entries()
                 && let Err(violation) = self.vm.local.merger.check_gap(now_ns)
@@ -469,7 +466,7 @@ impl Daemon {
         self.close_channel()?;
         self.ending = Some(Ending {
             exit,
-            until_ns: monotonic_ns() + JOURNAL_END_NS,
+            until_ns: monotonic_ns() + ns(self.config.timers.journal_end_timeout_ms),
         });
         Ok(())
     }
