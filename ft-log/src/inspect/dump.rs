@@ -8,13 +8,27 @@ use serde_json::json;
 
 use super::{Condition, Ending, Format, InspectError, Source, describe};
 
+/// As `Body::name` says them.
+const KINDS: [&str; 10] = [
+    "boot",
+    "kick",
+    "input",
+    "deliver",
+    "time",
+    "console",
+    "sync",
+    "pages",
+    "state",
+    "power-off",
+];
+
 /// Which entries of which journals.
 #[derive(Clone, Debug, Args)]
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// Only entries of these kinds, comma separated: boot, kick, input, deliver, time, console, sync, power-off.
-    #[arg(long, value_name = "KINDS", value_delimiter = ',')]
+    /// Only entries of these kinds, comma separated.
+    #[arg(long, value_name = "KINDS", value_delimiter = ',', value_parser = KINDS)]
     kind: Vec<String>,
     /// Only entries of these LSNs: N, FROM.., ..TO or FROM..TO, both ends included.
     #[arg(long, value_name = "RANGE", value_parser = lsn_range, default_value = "..")]

@@ -192,6 +192,9 @@ fn dump_shows_what_is_asked_for() {
         lsns(&["--kind", "kick,time", "--generation", "1"]),
         [(1, 2), (1, 4), (1, 6), (1, 8)]
     );
+    let unknown = CommandLine::try_parse_from(["ft-log", "dump", "x", "--kind", "kicks"]);
+    let unknown = unknown.err().unwrap().to_string();
+    assert!(unknown.contains("kicks") && unknown.contains("power-off"), "{unknown}");
     assert_eq!(lsns(&["--device", "shim"]), [(1, 2), (1, 6), (2, 2)]);
     assert_eq!(lsns(&["--lsn", "7.."]), [(1, 7), (1, 8)]);
     assert_eq!(lsns(&["--limit", "3"]).len(), 3);
