@@ -15,6 +15,8 @@ use crate::error::{HarnessError, IoContext};
 
 const WARM_UP: Duration = Duration::from_millis(150);
 const MEASURED: Duration = Duration::from_millis(600);
+/// How long a backend may take to accept a frontend.
+const CONNECT: Duration = Duration::from_secs(5);
 const SMALL: u64 = 4096;
 const LARGE: u64 = 1 << 20;
 
@@ -218,10 +220,22 @@ pub(super) fn run(backend: &Backend, load: Load, image_bytes: u64) -> Result<Mea
     })
 }
 
+/// Connects. The socket of a backend is there a moment before anybody listens on it.
+fn connect(backend: &Backend) -> Result<Blkio, blkio::Error> {
+    let deadline = Instant::now() + CONNECT;
+    loop {
+        let mut device = Blkio::new("virtio-blk-vhost-user")?;
+        device.set_str("path", &backend.socket().display().to_string())?;
+        match device.connect() {
+            Ok(()) => return Ok(device),
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(2)),
+        }
+    }
+}
+
 fn lanes(backend: &Backend, load: Load, image_bytes: u64) -> Result<(Blkio, Vec<Lane>), blkio::Error> {
-    let mut device = Blkio::new("virtio-blk-vhost-user")?;
-    device.set_str("path", &backend.socket().display().to_string())?;
-    device.connect()?;
+    let mut device = connect(backend)?;
     let property = if load.polled { "num-poll-queues" } else { "num-queues" };
     device.set_i32("num-queues", 0)?;
     device.set_i32(property, load.queues as i32)?;
