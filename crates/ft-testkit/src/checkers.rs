@@ -103,6 +103,8 @@ struct Seen {
     replayed: usize,
     /// When the entries this host wrote were written.
     written_ns: Vec<u64>,
+    /// When it last went on after it stood still.
+    resumed_ns: u64,
     power_off_stored: bool,
     power_off_written: bool,
     history: Vec<u64>,
@@ -127,6 +129,8 @@ pub struct Judge {
     ack: Strength,
     /// Longest lag at which a primary may execute, what it needs to notice included, ns.
     lag_ns_max: u64,
+    /// How long a running host may take to notice a lag, ns.
+    notice_ns: u64,
     failure: Option<Failure>,
     seen: [Seen; 2],
     claims: BTreeMap<Generation, Incarnation>,
@@ -152,6 +156,7 @@ impl Judge {
             breaks,
             ack: setting.ack,
             lag_ns_max: lag_ns + 2 * setting.idle_ns,
+            notice_ns: setting.heartbeat_interval_ns * 5 / 4,
             ..Self::default()
         }
     }
@@ -201,7 +206,9 @@ impl Judge {
     pub fn executed(&mut self, host: HostId) {
         let (own, peer) = (&self.seen[host.index()], &self.seen[host.other().index()]);
         let is_pair = own.recording && peer.replaying;
-        let Some(oldest_ns) = own.written_ns.get(peer.replayed).filter(|_| is_pair) else {
+        // A host that stood still needs a moment to notice what time it is.
+        let is_awake = self.now_ns >= own.resumed_ns + self.notice_ns;
+        let Some(oldest_ns) = own.written_ns.get(peer.replayed).filter(|_| is_pair && is_awake) else {
             return;
         };
         let lag_ns = self.now_ns - oldest_ns;
@@ -211,6 +218,11 @@ impl Judge {
                 format!("{host:?} executes while the replay trails by {lag_ns} ns; the limit, with what it takes to notice, is {max}")
             });
         }
+    }
+
+    /// A host that stood still goes on.
+    pub fn resumed(&mut self, host: HostId) {
+        self.seen[host.index()].resumed_ns = self.now_ns;
     }
 
     /// A host's journal is on disk up to this many entries.

@@ -385,7 +385,7 @@ fn draw_setting(rng: &mut ChaCha8Rng) -> Setting {
         replay_ns: ((10 * US) << rng.random_range(0..9)).min(idle_ns / 4),
         replay_entries_max: rng.random_range(1..=48),
         // Enough for the heartbeat of an idle guest and some more; less would be an unprotected VM's network.
-        window_bytes: rng.random_range(100..4096) + (80 * 20 * latency_ns / idle_ns) as usize,
+        window_bytes: rng.random_range(400..4096) + (80 * 20 * latency_ns / idle_ns) as usize,
         // What is not acknowledged counts: less than a few round trips of it is no protected VM.
         log_bytes_max: rng.random_range(1000..8192) + (150 * 20 * latency_ns / idle_ns) as usize,
         held_replayed_max: rng.random_range(0..=8),

@@ -405,6 +405,7 @@ impl World {
         if self.host(host).paused > 0 {
             return;
         }
+        self.judge.resumed(host);
         let mut deferred = std::mem::take(&mut self.host(host).deferred);
         if timers_first {
             deferred.sort_by_key(|happening| !matches!(happening, Happening::Host { .. }));
