@@ -83,7 +83,8 @@ impl Measured {
 
     /// CPU time of the backend for each, in microseconds.
     pub(super) fn cpu_us(&self) -> f64 {
-        self.cpu.as_secs_f64() * 1e6 / self.requests as f64
+        // A disk that others keep busy may do nothing for a whole round.
+        self.cpu.as_secs_f64() * 1e6 / self.requests.max(1) as f64
     }
 }
 
