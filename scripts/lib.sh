@@ -60,9 +60,13 @@ need_devices() {
   local device
   for device in /dev/kvm /dev/net/tun; do
     [ -e "$device" ] || die "$device is missing: $(device_advice "$device")"
-    { [ -r "$device" ] && [ -w "$device" ]; } ||
-      die "$device may not be opened by user $(id -un): run as root, or let that user in ($(access_advice "$device"))"
+    need_access "$device"
   done
+}
+
+need_access() {
+  { [ -r "$1" ] && [ -w "$1" ]; } ||
+    die "$1 may not be opened by user $(id -un): run as root, or let that user in ($(access_advice "$1"))"
 }
 
 device_advice() {
@@ -124,6 +128,8 @@ need_linux_guest() {
 
 # Whether this host's KVM executes all of a Linux kernel: the shim that was just built examines it.
 kvm_runs_linux() {
+  [ -e /dev/kvm ] || return 1
+  need_access /dev/kvm
   "$release_dir/ft-vcpu-shim" check --json 2>/dev/null | grep -qE '"linux": *\{"works": *true'
 }
 

@@ -19,7 +19,7 @@ fn edx(entry: &mut kvm_cpuid_entry2) -> &mut u32 {
 }
 
 /// Everything whose result is not a function of the instructions before it, and what only makes sense with a local APIC.
-const HIDDEN: [Hidden; 41] = [
+const HIDDEN: [Hidden; 43] = [
     Hidden(1, 0, edx, 4),            // TSC
     Hidden(1, 0, edx, 9),            // local APIC: interrupts enter by the 8259A pair
     Hidden(1, 0, edx, 21),           // DS: debug store, branches and events into memory
@@ -39,10 +39,12 @@ const HIDDEN: [Hidden; 41] = [
     Hidden(7, 0, ebx, 18),           // RDSEED
     Hidden(7, 0, ebx, 25),           // processor trace
     Hidden(7, 0, ecx, 5),            // WAITPKG: waits end with time
+    Hidden(7, 0, ecx, 7),            // shadow stacks: their MSRs are in no state delta
     Hidden(7, 0, ecx, 22),           // RDPID
     Hidden(7, 0, ecx, 29),           // ENQCMD
     Hidden(7, 0, edx, 13),           // TSX_FORCE_ABORT
     Hidden(7, 0, edx, 19),           // architectural LBR
+    Hidden(7, 0, edx, 20),           // indirect branch tracking, as shadow stacks
     Hidden(0xd, 1, eax, 0), // XSAVEOPT, and the following: what they write depends on what the CPU takes for unused
     Hidden(0xd, 1, eax, 1), // XSAVEC
     Hidden(0xd, 1, eax, 2), // XGETBV of XINUSE

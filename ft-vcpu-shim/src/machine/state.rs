@@ -7,21 +7,50 @@
 //! host; time stamps, counters and what KVM invents are none of them. Writer and reader stand beside each other here.
 
 use kvm_bindings::{Msrs, kvm_debugregs, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave};
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::VcpuFd;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::vcpu::kvm_failed;
 use crate::error::Error;
 
+const CR4_PGE: u64 = 1 << 7;
 const LSTAR: u32 = 0xc000_0082;
 /// MSRs that belong to the state, where KVM has them.
-const MSRS: [u32; 13] = [
-    0x48,        // SPEC_CTRL
-    0x174,       // SYSENTER_CS
-    0x175,       // SYSENTER_ESP
-    0x176,       // SYSENTER_EIP
-    0x1a0,       // MISC_ENABLE
+const MSRS: [u32; 44] = [
+    0x48, // SPEC_CTRL
+    0x174,
+    0x175,
+    0x176, // SYSENTER_CS, ESP, EIP
+    0x1a0, // MISC_ENABLE
+    0x200,
+    0x201,
+    0x202,
+    0x203,
+    0x204,
+    0x205,
+    0x206,
+    0x207,
+    0x208,
+    0x209,
+    0x20a,
+    0x20b,
+    0x20c,
+    0x20d,
+    0x20e,
+    0x20f, // MTRRs: base and mask of the variable ranges
+    0x250,
+    0x258,
+    0x259,
+    0x268,
+    0x269,
+    0x26a,
+    0x26b,
+    0x26c,
+    0x26d,
+    0x26e,
+    0x26f,       // the fixed ranges
     0x277,       // PAT
+    0x2ff,       // MTRR default type
     0xda0,       // XSS
     0xc000_0081, // STAR
     LSTAR,
@@ -29,6 +58,9 @@ const MSRS: [u32; 13] = [
     0xc000_0084, // SFMASK
     0xc000_0102, // KERNEL_GS_BASE
     0xc000_0103, // TSC_AUX
+    0xc001_0015, // HWCR (AMD)
+    0xc001_011f, // VIRT_SPEC_CTRL (AMD)
+    0xc001_1029, // DE_CFG (AMD)
 ];
 
 /// Most bytes of an encoded state: all of it is of fixed size but the MSRs.
@@ -55,14 +87,13 @@ pub struct VcpuState {
     msrs: Vec<kvm_msr_entry>,
 }
 
-/// Which of [`MSRS`] this KVM has for a guest with the CPUID of `vcpu`: some are listed and cannot be set.
+/// Which of [`MSRS`] this KVM has for a guest with the CPUID of `vcpu`: some can be read and not set.
 ///
 /// # Errors
 /// When KVM cannot be asked.
-pub(super) fn supported_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, Error> {
-    let listed = kvm.get_msr_index_list().map_err(kvm_failed("list MSRs"))?;
+pub(super) fn supported_msrs(vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, Error> {
     let mut supported = Vec::with_capacity(MSRS.len());
-    for index in MSRS.into_iter().filter(|index| listed.as_slice().contains(index)) {
+    for index in MSRS {
         let entry = kvm_msr_entry {
             index,
             ..Default::default()
@@ -119,6 +150,11 @@ impl VcpuState {
     /// Puts the state into `vcpu`. Events come last: setting registers drops a pending exception.
     pub(super) fn put(&self, vcpu: &VcpuFd) -> Result<(), Error> {
         let failed = kvm_failed("set the vCPU's state");
+        // The guest's page tables may be others now, and what this vCPU has cached of the old ones must go: KVM drops it when CR4 changes,
+        // and the state itself may have the CR4 that is there.
+        let mut other = self.sregs;
+        other.cr4 ^= CR4_PGE;
+        vcpu.set_sregs(&other).map_err(&failed)?;
         vcpu.set_sregs(&self.sregs).map_err(&failed)?;
         vcpu.set_regs(&self.regs).map_err(&failed)?;
         vcpu.set_xcrs(&self.xcrs).map_err(&failed)?;

@@ -160,7 +160,7 @@ impl Vcpu {
             .map_err(kvm_failed("set registers"))?;
         vcpu.set_sync_valid_reg(SyncReg::Register);
         Ok(Self {
-            msrs: state::supported_msrs(kvm, &vcpu)?,
+            msrs: state::supported_msrs(&vcpu)?,
             vcpu,
             data: Vec::with_capacity(EXIT_BYTES_MAX),
             pending: None,
@@ -217,22 +217,27 @@ impl Vcpu {
         }
     }
 
-    /// Becomes the vCPU that `state` was taken of. An unfinished access is finished first, and has no effect any more.
+    /// Finishes the access of the last exit, as the guest would when it runs on, without running it. That may write guest memory.
     ///
     /// # Errors
-    /// What KVM refuses.
-    pub fn adopt(&mut self, state: &VcpuState) -> Result<(), Error> {
+    /// A KVM that runs the guest all the same.
+    pub fn finish_access(&mut self) -> Result<(), Error> {
         self.vcpu.set_kvm_immediate_exit(1);
         let finished = self.run();
         self.vcpu.set_kvm_immediate_exit(0);
         match finished? {
-            Exit::Interrupted => {}
-            exit => {
-                return Err(Error::environment(format!(
-                    "KVM ran the guest instead of finishing its access: {exit:?}"
-                )));
-            }
+            Exit::Interrupted => Ok(()),
+            exit => Err(Error::environment(format!(
+                "KVM ran the guest instead of finishing its access: {exit:?}"
+            ))),
         }
+    }
+
+    /// Becomes the vCPU that `state` was taken of. No access may be unfinished ([`Vcpu::finish_access`]).
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn adopt(&mut self, state: &VcpuState) -> Result<(), Error> {
         state.put(&self.vcpu)?;
         self.vcpu.sync_regs_mut().regs = state.regs;
         let run = self.vcpu.get_kvm_run();

@@ -34,8 +34,8 @@ const KIND_STATE: u8 = 7;
 const RETRY_DIVISOR: u32 = 8;
 /// ... so often.
 const RETRIES: u32 = 8;
-/// After so many expired timers, about a second of running, the pages written so far are forgotten at the next stop: what a delta
-/// carries stays small, and a guest that stops by itself pays for the tracking once a second.
+/// After so many expired timers, a second of running with the default patience, the pages written so far are forgotten at the next stop: what a delta
+/// carries stays small, and a guest that stops by itself pays for the tracking no more often.
 const EXPIRED_PER_BASE: u32 = 200;
 
 /// How the guest came to stand still.
@@ -133,12 +133,12 @@ impl Execution {
 
     pub(super) fn advance(&mut self) -> Result<Advance, Error> {
         let stop = self.stop();
+        self.vcpu.want_window(self.windows && self.board.pic.is_pending());
         match self.timeline().ahead(&stop)? {
             Ahead::Run => {}
             Ahead::Adopt(delta) => return self.adopt(delta).map(Advance::Halted),
             Ahead::RunTo(stop) => return self.run_to(&stop),
         }
-        self.vcpu.want_window(self.windows && self.board.pic.is_pending());
         if let Some(impatience) = &mut self.impatience {
             impatience.prepare(&mut self.vcpu, self.exits)?;
         }
@@ -232,6 +232,8 @@ impl Execution {
     }
 
     fn adopt(&mut self, delta: Delta) -> Result<Halted, Error> {
+        // First: what the access of this stop still writes is older than the pages.
+        self.vcpu.finish_access()?;
         for payload in &delta.pages {
             delta::apply_pages(self.vcpu.ram(), payload)?;
         }
