@@ -404,7 +404,12 @@ impl Replica {
             Event::Consumed { through } => self.consumed(now_ns, through, actions),
             Event::Durable { through } => self.durable(now_ns, through, actions),
             Event::ReplayFull { full } => self.replay_full = full,
-            Event::PowerOffEntry { lsn } => self.power_off = Some(lsn),
+            Event::PowerOffEntry { lsn } => {
+                // A power-off that did not come this far is none: a backup that wins without it goes live.
+                if self.config.primary || self.role == Role::Live || lsn <= self.last {
+                    self.power_off = Some(lsn);
+                }
+            }
             Event::Arbiter { generation, verdict } => self.arbiter(now_ns, generation, verdict, actions),
             Event::LocalFailure { reason } => {
                 if self.paired {
