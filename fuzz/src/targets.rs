@@ -24,7 +24,7 @@ use ft_protocol::{
     entry::Entry,
     frame,
     limits::{FRAME_BYTES_MAX, HEADER_BYTES},
-    message::Message,
+    message::{Hello, Message, Strength},
 };
 
 /// What is run on each input.
@@ -271,6 +271,35 @@ pub fn peer(data: &[u8]) {
             3 if is_primary && matches!(replica.role(), Role::Recording) => {
                 let through = Lsn(replica.last().0 + u64::from(script.byte()) + 1);
                 step(&mut replica, now_ns, Event::Appended { through });
+            }
+            // The right words at whatever time: a hello that matches, of a generation that may exist or not.
+            9 => {
+                let generations = [0, 1, 2, u32::MAX - 1, u32::MAX];
+                let generation = Generation(generations[usize::from(script.byte()) % generations.len()]);
+                let message = Message::Hello(Hello {
+                    version: frame::VERSION,
+                    vm: VM.into(),
+                    primary: !is_primary,
+                    fingerprint,
+                    instance: u64::from(script.byte() % 2) + 2,
+                    ack: Strength::Received,
+                    last: Lsn((script.byte() % 4).into()),
+                });
+                step(&mut replica, now_ns, Event::Message { generation, message });
+            }
+            // Entries of the pair.
+            7 if replica.role() == Role::Replaying => {
+                let (from, generation) = (replica.last().next(), replica.generation());
+                let through = Lsn(from.0 + u64::from(script.byte()));
+                step(
+                    &mut replica,
+                    now_ns,
+                    Event::Received {
+                        generation,
+                        from,
+                        through,
+                    },
+                );
             }
             _ => {
                 let mut bytes = Vec::new();

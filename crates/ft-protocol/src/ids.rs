@@ -10,6 +10,12 @@ impl Generation {
     /// The generation that the first start of a VM claims.
     pub const FIRST: Self = Self(1);
 
+    /// Whether a pair can be of this generation: it was claimed, and there is one after it to arbitrate about.
+    #[must_use]
+    pub fn can_pair(self) -> bool {
+        self >= Self::FIRST && self.0 < u32::MAX
+    }
+
     /// The generation that arbitration after this one is about.
     ///
     /// # Panics

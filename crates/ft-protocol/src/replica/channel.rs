@@ -185,12 +185,22 @@ impl Replica {
             actions.push(Action::CloseChannel);
             return;
         };
+        // The primary speaks first, and only with its claim: a peer that is ahead of it answers nothing that was asked.
+        let was_asked = self.claimed && self.channel.greeted_ns.is_some();
+        if self.config.primary && (!was_asked || generation != self.generation) {
+            actions.push(Action::CloseChannel);
+            return;
+        }
         if let Some(reason) = own.mismatch(other).or_else(|| self.cannot_follow(other)) {
             actions.push(Action::Send(Message::Refuse { reason: reason.clone() }));
             self.halt(format!("refused to pair: {reason}"), actions);
             return;
         }
-        if self.config.primary && generation != self.generation {
+        if !self.config.primary && !generation.can_pair() {
+            let reason = format!(
+                "generation {generation} is none that a primary can hold: it cannot be claimed or has none after it"
+            );
+            actions.push(Action::Send(Message::Refuse { reason }));
             actions.push(Action::CloseChannel);
             return;
         }

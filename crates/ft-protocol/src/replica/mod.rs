@@ -13,6 +13,7 @@
 //!
 //! Promises, checked after every step in release builds too:
 //! - an output is committed only when the backup of this generation acknowledged its marker, or this side won the arbitration;
+//! - a primary records only when the claim of the first generation is its own;
 //! - a side goes live only with a generation the arbiter gave to it;
 //! - a halted side never commits, sends or asks again;
 //! - a backup goes live only after every entry it ever acknowledged was consumed;
@@ -494,6 +495,10 @@ impl Replica {
         assert!(
             !matches!(self.role, Role::Live | Role::GoingLive) || self.won,
             "live without the arbiter's word"
+        );
+        assert!(
+            self.role != Role::Recording || self.claimed,
+            "recording without the claim of the first generation"
         );
         assert!(
             self.role != Role::Live || self.config.primary || self.progress.replayed >= self.replay_end,

@@ -303,6 +303,52 @@ fn a_first_generation_that_is_taken_refuses_the_start() {
 }
 
 #[test]
+fn a_hello_that_comes_before_the_claim_pairs_nobody() {
+    let mut primary = replica(true);
+    step(&mut primary, 0, Event::LocalReady { fingerprint: [1; 32] });
+    step(&mut primary, 0, Event::ChannelUp);
+    for generation in [0, 1, u32::MAX] {
+        let generation = Generation(generation);
+        for hello in [hello(false, 0), hello(true, 0)] {
+            let message = Message::Hello(hello);
+            let actions = step(&mut primary, 1, Event::Message { generation, message });
+            assert_eq!(actions, [Action::CloseChannel], "{generation}");
+        }
+    }
+    assert_eq!(primary.role(), Role::Pairing);
+    // The claim is still waited for, and its loss still ends this side.
+    let (generation, verdict) = (Generation::FIRST, Verdict::Lost);
+    step(&mut primary, 2, Event::Arbiter { generation, verdict });
+    assert_eq!(primary.role(), Role::Halted);
+}
+
+#[test]
+fn a_backup_refuses_a_generation_that_no_pair_can_have() {
+    for (generation, takes) in [(0, false), (1, true), (u32::MAX - 1, true), (u32::MAX, false)] {
+        let mut backup = replica(false);
+        step(&mut backup, 0, Event::LocalReady { fingerprint: [1; 32] });
+        step(&mut backup, 0, Event::ChannelUp);
+        let generation = Generation(generation);
+        let message = peer_hello(true);
+        let actions = step(&mut backup, 1, Event::Message { generation, message });
+        if takes {
+            assert_eq!(backup.role(), Role::Replaying);
+            received(&mut backup, 1, 1);
+            let next = Action::AskArbiter {
+                generation: generation.next(),
+            };
+            assert!(silence(&mut backup).contains(&next));
+            continue;
+        }
+        let [Action::Send(Message::Refuse { reason }), Action::CloseChannel] = &actions[..] else {
+            panic!("{actions:?}");
+        };
+        assert!(reason.contains(&format!("generation {generation}")), "{reason}");
+        assert_eq!((backup.role(), backup.generation()), (Role::Pairing, Generation(0)));
+    }
+}
+
+#[test]
 fn a_dead_sibling_ends_the_replica_and_the_peer_is_told() {
     let mut primary = recording();
     let actions = step(
