@@ -56,6 +56,36 @@ impl Work {
     }
 }
 
+impl Work {
+    /// What is wrong with the work, by what the guest wrote to its console. `to_the_end`: nothing cut the run off.
+    #[must_use]
+    pub fn problems<'a>(self, console: impl Iterator<Item = &'a str> + Clone, to_the_end: bool) -> Vec<String> {
+        let Self::Everything { .. } = self else {
+            return Vec::new();
+        };
+        let bad = console.clone().filter(|line| line.contains("READS BACK ANOTHER THING"));
+        let mut problems: Vec<String> = bad.map(|line| format!("the guest says: {line}")).collect();
+        if to_the_end {
+            for part in PARTS_OF_EVERYTHING {
+                let rounds = console.clone().find_map(|line| {
+                    let count = line.split_once(part)?.1.split_whitespace().next()?;
+                    count.parse::<u64>().ok()
+                });
+                if rounds.is_none_or(|rounds| rounds == 0) {
+                    problems.push(format!(
+                        "the guest's work did not come to its end: no round of `{}`",
+                        part.trim()
+                    ));
+                }
+            }
+        }
+        problems
+    }
+}
+
+/// What each part of [`Work::Everything`] says at its end, before its number of rounds (`guest/ledger-linux/load`).
+const PARTS_OF_EVERYTHING: [&str; 4] = ["load: hog: ", "load: compile: ", "load: forks: ", "load: disk: "];
+
 /// How long the harness waits for a guest. Not a judgement: a run that takes longer is given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {
@@ -156,5 +186,29 @@ impl Guest {
                 end: Duration::from_secs(60),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_that_failed_or_did_not_end_is_a_problem() {
+        let work = Work::Everything { seconds: 5 };
+        let ended = [
+            "load: hog: 3 rounds",
+            "load: compile: 2 rounds",
+            "load: forks: 9 rounds of 24 processes",
+            "load: disk: 4 rounds",
+        ];
+        let problems = |lines: &[&'static str], to_the_end| work.problems(lines.iter().copied(), to_the_end);
+        assert_eq!(problems(&ended, true), Vec::<String>::new());
+        assert_eq!(problems(&ended[1..], true).len(), 1, "the hog is missing");
+        assert_eq!(problems(&ended[1..], false), Vec::<String>::new(), "cut off by a fault");
+        let none = ["load: hog: 3 rounds", ended[1], ended[2], "load: disk: 0 rounds"];
+        assert_eq!(problems(&none, true).len(), 1);
+        let corrupt = problems(&["load: disk: ROUND 2 READS BACK ANOTHER THING"], false);
+        assert!(corrupt[0].contains("ROUND 2"), "{corrupt:?}");
     }
 }

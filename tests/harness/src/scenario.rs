@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use crate::clock::{ms, now_ns};
 use crate::download::{Download, Downloading};
 use crate::error::{HarnessError, IoContext};
-use crate::events::Event;
+use crate::events::{CONSOLE, Event};
 use crate::faults::{self, Expected, Fault, FaultPlan, Moment};
-use crate::guest::{Guest, LEDGER_BYTES};
+use crate::guest::{Guest, LEDGER_BYTES, Linux};
 use crate::judge::{Connection, Transcript, judge};
 use crate::ledger::{DiskImage, SECTOR};
 use crate::offline::{self, Replayed};
@@ -247,6 +247,11 @@ fn judge_run(
             Replayed::Same(said) => setup.say(&said),
             Replayed::Different(said) => problems.push(format!("host A's journal executes differently: {said}")),
         }
+    }
+    if let Guest::Linux(Linux { work: Some(work), .. }) = &setup.guest {
+        let console = events.iter().filter(|event| event.source == CONSOLE);
+        let lines = console.filter_map(|event| event.fields.get("text")?.as_str());
+        problems.extend(work.problems(lines, plan.expected() == Expected::Both));
     }
     problems.extend(download.iter().flat_map(|download| download.problems.clone()));
     let timeline = Timeline::new(&events, plan, fault_ns);
