@@ -461,6 +461,7 @@ impl Device for Disk {
             token: id,
             result,
             buffer,
+            ..
         } = completion;
         let job = self.jobs.get_mut(&id).expect("the ring completes what was submitted");
         job.data.buffer = buffer;

@@ -184,8 +184,11 @@ impl<D: Device> Alone<D> {
             token if token >= TOKEN_KICK => {
                 let queue = (token & 0xffff) as usize;
                 let line = &mut self.lines[queue];
-                if token == line.token(queue) && completion.result >= 0 {
-                    line.kicked = true;
+                if token == line.token(queue) {
+                    line.kicked |= completion.result >= 0;
+                    if !completion.more {
+                        self.listen_on(queue, completion.result);
+                    }
                 }
             }
             _ => self.device.complete(completion, &mut self.io)?,
@@ -289,6 +292,20 @@ impl<D: Device> Alone<D> {
         line.kicked = true;
     }
 
+    /// The poll of a queue's kicks ended by itself: for want of room it only pauses, anything else is the end of the queue.
+    fn listen_on(&mut self, queue: usize, result: i32) {
+        let line = &mut self.lines[queue];
+        let token = line.token(queue);
+        line.poll = None;
+        if let (0.., Some(kick)) = (result, &line.kick) {
+            line.poll = Some(self.io.poll_always(kick.as_raw_fd(), token));
+            return;
+        }
+        let reason = std::io::Error::from_raw_os_error(-result);
+        error!(queue, %reason, "the kicks of this queue cannot be heard: it is stopped");
+        self.break_queue(queue);
+    }
+
     /// Stops listening to a queue.
     fn quiet(&mut self, queue: usize) {
         let line = &mut self.lines[queue];
@@ -344,13 +361,18 @@ impl<D: Device> Alone<D> {
             }
             Err(reason) => {
                 error!(queue, %reason, "the guest's driver broke this queue: it is stopped");
-                if let Some(error) = &line.error {
-                    let _ = error.write(1);
-                }
-                line.serves = false;
-                self.device.guest().stop_queue(queue as u16);
+                self.break_queue(queue);
             }
         }
+    }
+
+    fn break_queue(&mut self, queue: usize) {
+        let line = &mut self.lines[queue];
+        if let Some(error) = &line.error {
+            let _ = error.write(1);
+        }
+        line.serves = false;
+        self.device.guest().stop_queue(queue as u16);
     }
 
     /// Answers what waits for the device to be idle.
@@ -383,5 +405,112 @@ impl<D: Device> Alone<D> {
         };
         reply.answer(Ok(answer));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ft_protocol::Lsn;
+
+    use super::*;
+    use crate::{
+        guest_side::{
+            GuestSide,
+            blk::{BlkGuestSide, Geometry},
+        },
+        session::channel,
+    };
+
+    /// A device that does nothing.
+    #[derive(Debug)]
+    struct Idle(BlkGuestSide);
+
+    impl Device for Idle {
+        fn guest(&mut self) -> &mut dyn GuestSide {
+            &mut self.0
+        }
+
+        fn start(&mut self, _life: Life, _io: &mut Uring) -> Result<(), End> {
+            Ok(())
+        }
+
+        fn perform(&mut self, _marker: Option<Lsn>, _io: &mut Uring) -> Result<(), End> {
+            Ok(())
+        }
+
+        fn complete(&mut self, _completion: Completion, _io: &mut Uring) -> Result<(), End> {
+            Ok(())
+        }
+
+        fn take_input(&mut self, _io: &mut Uring) -> Result<Option<Input>, End> {
+            Ok(None)
+        }
+
+        fn recycle(&mut self, _payload: Vec<u8>) {}
+
+        fn go_live(&mut self, _io: &mut Uring, _events: &mut Events) -> Result<(), End> {
+            Ok(())
+        }
+
+        fn is_idle(&self) -> bool {
+            true
+        }
+    }
+
+    fn idle() -> Alone<Idle> {
+        let geometry = Geometry {
+            capacity_sectors: 8,
+            read_only: false,
+            queues: 1,
+            block_bytes: 512,
+            protected: false,
+        };
+        let event = || EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        Alone::new(
+            Idle(BlkGuestSide::new(geometry)),
+            channel(1).unwrap().1.remove(0),
+            Arc::new(Signals::take().unwrap()),
+            event(),
+            Events::open("test", None).unwrap(),
+            Service::silent(),
+        )
+        .unwrap()
+    }
+
+    /// Takes completions until the queue was kicked.
+    fn wait_kick(alone: &mut Alone<Idle>) {
+        while !alone.lines[0].kicked {
+            alone.io.wait(Some(std::time::Duration::from_secs(20)));
+            let completion = alone.io.next_completion().expect("a kick was lost");
+            alone.dispatch(completion).unwrap();
+        }
+    }
+
+    #[test]
+    fn kicks_are_heard_after_the_completion_queue_was_full() {
+        let mut alone = idle();
+        let kick = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        alone.listen(0, Some(kick.try_clone().unwrap()), None, None);
+        alone.io.submit();
+        // More completions than the ring holds, and nobody takes them while the guest kicks.
+        let ready = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        ready.write(1).unwrap();
+        for _ in 0..8 {
+            for token in 0..128 {
+                alone.io.poll(ready.as_raw_fd(), token);
+            }
+            alone.io.submit();
+        }
+        for _ in 0..3 {
+            alone.lines[0].kicked = false;
+            kick.write(1).unwrap();
+            alone.io.submit();
+            wait_kick(&mut alone);
+            // All of what came with it.
+            while let Some(completion) = alone.io.next_completion() {
+                alone.dispatch(completion).unwrap();
+                alone.io.submit();
+            }
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! A buffer belongs to the ring from submission to completion, so no code can touch or free what the kernel works on; guest memory
 //! stays mapped as long. This is the one home of `unsafe` of the data path.
 
-use std::{io, os::fd::RawFd, sync::Arc, time::Duration};
+use std::{collections::VecDeque, io, os::fd::RawFd, sync::Arc, time::Duration};
 
 use io_uring::{
     IoUring, cqueue, opcode, squeue,
@@ -104,6 +104,8 @@ pub struct Completion {
     pub result: i32,
     /// What it worked on.
     pub buffer: Buffer,
+    /// The operation goes on: of a poll of all signals, there will be more.
+    pub more: bool,
 }
 
 #[derive(Debug)]
@@ -133,6 +135,8 @@ const OWN: u64 = u64::MAX;
 pub struct Uring {
     ring: IoUring,
     operations: Vec<Option<Operation>>,
+    /// Completions that made room for submissions, before those in the ring.
+    reaped: VecDeque<cqueue::Entry>,
     free: Vec<usize>,
     /// A file that is looked up once, not with each operation.
     registered: Option<RawFd>,
@@ -167,6 +171,7 @@ impl Uring {
         Ok(Self {
             ring,
             operations: Vec::new(),
+            reaped: VecDeque::new(),
             free: Vec::new(),
             registered: None,
         })
@@ -226,6 +231,8 @@ impl Uring {
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return;
             }
+            // A kernel whose completion queue is full may take nothing.
+            self.reaped.extend(self.ring.completion());
             self.submit();
         }
     }
@@ -236,8 +243,8 @@ impl Uring {
         PollHandle(self.push(token, Buffer::None, entry))
     }
 
-    /// Completes with `token` each time `fd` becomes readable, without anybody reading it: for an eventfd, with each signal. The last
-    /// completion has a negative result.
+    /// Completes with `token` each time `fd` becomes readable, without anybody reading it: for an eventfd, with each signal. The kernel
+    /// ends it when it finds no room for a completion: the last one says so ([`Completion::more`]), whatever its result.
     pub fn poll_always(&mut self, fd: RawFd, token: u64) -> PollHandle {
         let entry = opcode::PollAdd::new(Fd(fd), libc::POLLIN as u32).multi(true).build();
         PollHandle(self.push(token, Buffer::None, entry))
@@ -338,7 +345,7 @@ impl Uring {
     pub fn submit(&mut self) {
         let (waits, works) = {
             let submission = self.ring.submission();
-            (!submission.is_empty(), submission.taskrun())
+            (!submission.is_empty(), submission.taskrun() || submission.cq_overflow())
         };
         if works {
             // A wait for nothing: the kernel works up what is due, and comes back.
@@ -351,6 +358,12 @@ impl Uring {
 
     /// Hands what was pushed to the kernel and sleeps until something completed or `timeout` passed.
     pub fn wait(&mut self, timeout: Option<Duration>) {
+        // What was reaped already is not waited for.
+        let timeout = if self.reaped.is_empty() {
+            timeout
+        } else {
+            Some(Duration::ZERO)
+        };
         let result = match timeout {
             None => self.ring.submit_and_wait(1),
             Some(timeout) => {
@@ -373,7 +386,7 @@ impl Uring {
     /// The next finished operation.
     pub fn next_completion(&mut self) -> Option<Completion> {
         loop {
-            let entry = self.ring.completion().next()?;
+            let entry = self.reaped.pop_front().or_else(|| self.ring.completion().next())?;
             let slot = entry.user_data();
             if slot == OWN {
                 continue;
@@ -384,6 +397,7 @@ impl Uring {
                     token: operation.expect("the kernel has not ended it").token,
                     result: entry.result(),
                     buffer: Buffer::None,
+                    more: true,
                 });
             }
             let Operation { token, buffer } = self.operations[slot as usize]
@@ -394,6 +408,7 @@ impl Uring {
                 token,
                 result: entry.result(),
                 buffer,
+                more: false,
             });
         }
     }
@@ -407,5 +422,35 @@ impl Drop for Uring {
     fn drop(&mut self) {
         // The kernel may still work on these buffers: they must outlive the ring.
         std::mem::forget(std::mem::take(&mut self.operations));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+
+    #[test]
+    fn more_operations_than_the_rings_hold_all_complete() {
+        use std::os::fd::AsRawFd;
+        let mut io = Uring::new().unwrap();
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        event.write(1).unwrap();
+        let count = u64::from(ENTRIES) * 5;
+        for token in 0..count {
+            io.poll(event.as_raw_fd(), token);
+        }
+        assert!(!io.reaped.is_empty(), "the completion queue was emptied for them");
+        let mut seen = Vec::new();
+        while seen.len() < count as usize {
+            io.wait(Some(Duration::from_secs(20)));
+            let before = seen.len();
+            seen.extend(std::iter::from_fn(|| io.next_completion()).map(|completion| completion.token));
+            assert_ne!(seen.len(), before, "operations were lost");
+        }
+        seen.sort_unstable();
+        assert!(seen.into_iter().eq(0..count));
+        assert_eq!(io.in_flight(), 0);
     }
 }
