@@ -26,7 +26,9 @@ pub(super) struct Channel {
     greeted_ns: Option<u64>,
     /// Since when it is not open, however many attempts to connect there were.
     pub(super) away_since_ns: u64,
-    /// Primary: since when the backup has taken nothing although there is something.
+    /// When both sides had said hello on it, while it is open.
+    opened_ns: u64,
+    /// Primary: since when the backup has taken nothing although there is something, on however many channels.
     pub(super) still_since_ns: Option<u64>,
     /// Primary: it was broken for standing still, and nothing has moved since.
     broken: bool,
@@ -40,8 +42,9 @@ impl Channel {
         (self.up, self.open, self.greeted_ns) = (false, false, None);
     }
 
-    fn open(&mut self) {
+    fn open(&mut self, now_ns: u64) {
         (self.up, self.open, self.greeted_ns) = (true, true, None);
+        self.opened_ns = now_ns;
     }
 }
 
@@ -110,7 +113,10 @@ impl Replica {
         let still = self
             .channel
             .still_since_ns
-            .filter(|_| self.channel.open && !self.channel.broken && self.is_pair());
+            .filter(|_| self.channel.open && !self.channel.broken && self.is_pair())
+            // Nothing can have moved on it before it was open. The suspicion counts on: channels that come and go and carry
+            // nothing must not put it off for ever.
+            .map(|since| since.max(self.channel.opened_ns));
         let since = if self.channel.open {
             still
         } else {
@@ -217,7 +223,7 @@ impl Replica {
         self.peer_instance = other.instance;
         self.heard_ns = now_ns;
         self.heartbeat_due_ns = now_ns;
-        self.channel.open();
+        self.channel.open(now_ns);
         if self.config.primary {
             self.change_role(Role::Recording, actions);
         } else {
@@ -246,7 +252,7 @@ impl Replica {
     /// The channel is back: what the backup has not got is sent again.
     fn resume(&mut self, now_ns: u64, other: &Hello, actions: &mut Vec<Action>) {
         self.heard_ns = now_ns;
-        self.channel.open();
+        self.channel.open(now_ns);
         if !self.config.primary {
             self.say_hello(actions);
             self.tell(now_ns, actions);

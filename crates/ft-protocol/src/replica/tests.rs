@@ -587,16 +587,17 @@ fn a_channel_that_stays_away_is_suspected_though_heartbeats_come() {
 fn a_channel_that_stands_still_is_broken_once_and_then_suspected() {
     let mut primary = recording();
     step(&mut primary, 0, Event::Appended { through: Lsn(9) });
-    let done = with_heartbeats(&mut primary, 0, CHANNEL / 2, false);
+    // It was open at 1 ns.
+    let done = with_heartbeats(&mut primary, 0, CHANNEL / 2 + INTERVAL, false);
     assert_eq!(
         done.iter()
             .filter(|(_, action)| *action == Action::BreakChannel)
             .count(),
         1
     );
-    step(&mut primary, CHANNEL / 2, Event::ChannelUp);
+    step(&mut primary, CHANNEL / 2 + INTERVAL, Event::ChannelUp);
     from_peer(&mut primary, Message::Hello(hello(false, 0)));
-    let done = with_heartbeats(&mut primary, CHANNEL / 2, 2 * CHANNEL, false);
+    let done = with_heartbeats(&mut primary, CHANNEL / 2 + INTERVAL, 2 * CHANNEL, false);
     assert!(!done.iter().any(|(_, action)| *action == Action::BreakChannel));
     let suspected =
         |(_, action): &(u64, Action)| matches!(action, Action::Suspect { reason } if reason.contains("stands still"));
@@ -627,6 +628,34 @@ fn a_channel_that_stands_still_is_broken_once_and_then_suspected() {
         );
     }
     assert_eq!(primary.role(), Role::Recording);
+}
+
+#[test]
+fn a_channel_that_comes_back_late_has_its_time_to_carry_something() {
+    let resumed_at = |last_of_backup| {
+        let mut primary = interrupted();
+        let now_ns = CHANNEL / 2 + 1;
+        with_heartbeats(&mut primary, INTERVAL, now_ns, false);
+        step(&mut primary, now_ns, Event::ChannelUp);
+        let (generation, message) = (Generation(1), Message::Hello(hello(false, last_of_backup)));
+        step(&mut primary, now_ns, Event::Message { generation, message });
+        assert!(primary.is_channel_open());
+        (primary, now_ns)
+    };
+    let breaks = |done: &[(u64, Action)]| done.iter().any(|(_, action)| *action == Action::BreakChannel);
+    // Entries are to be sent again: what was, was on another channel.
+    let (mut primary, now_ns) = resumed_at(4);
+    assert!(primary.deadline_ns().is_none_or(|at| at > now_ns));
+    let done = with_heartbeats(&mut primary, now_ns, CHANNEL - INTERVAL, false);
+    assert!(!breaks(&done), "{done:?}");
+    // That nothing moved at all is counted over all of them.
+    let done = with_heartbeats(&mut primary, CHANNEL, CHANNEL + 2 * INTERVAL, false);
+    let suspected = |(_, action): &(u64, Action)| matches!(action, Action::Suspect { .. });
+    assert!(done.iter().any(suspected), "{done:?}");
+    // Everything had arrived: there is nothing to wait for.
+    let (mut primary, now_ns) = resumed_at(9);
+    let done = with_heartbeats(&mut primary, now_ns, 3 * CHANNEL, false);
+    assert!(!breaks(&done) && primary.role() == Role::Recording, "{done:?}");
 }
 
 // ---- strengths of acknowledgement, lag ----------------------------------------------------------------------------------
