@@ -49,6 +49,8 @@ struct Job {
     done: usize,
     /// Zeroes are written out: the image cannot make them itself.
     by_hand: bool,
+    /// What the image was told to make is there, and is being made durable.
+    settling: bool,
 }
 
 /// A completion the guest has not got yet.
@@ -197,6 +199,7 @@ impl Disk {
             data,
             done: 0,
             by_hand: false,
+            settling: false,
         };
         self.jobs.insert(id, job);
         if self.schedule.arrive(id, access) {
@@ -207,11 +210,16 @@ impl Disk {
     fn start_job(&mut self, id: u64, io: &mut Uring) {
         let Self { jobs, image, .. } = self;
         let Job {
-            request, done, by_hand, ..
+            request,
+            done,
+            by_hand,
+            settling,
+            ..
         } = jobs.get_mut(&id).expect("a startable request has a job");
         let left = (request.length as usize - *done) as u64;
         let offset = request.sector * SECTOR_BYTES + *done as u64;
         match request.kind {
+            _ if *settling => io.datasync(image.fd(), id),
             Kind::Flush => {
                 crash::point("blk.flush.before");
                 io.datasync(image.fd(), id);
@@ -465,11 +473,17 @@ impl Device for Disk {
         } = completion;
         let job = self.jobs.get_mut(&id).expect("the ring completes what was submitted");
         job.data.buffer = buffer;
-        let is_zeroing = matches!(job.request.kind, Kind::WriteZeroes { .. });
+        let is_zeroing = matches!(job.request.kind, Kind::WriteZeroes { .. }) && !job.by_hand;
+        let is_allocation = is_zeroing || job.request.kind == Kind::Discard;
         let result = match u32::try_from(result) {
             Err(_) => Err(io::Error::from_raw_os_error(-result)),
-            Ok(_) if matches!(job.request.kind, Kind::Flush | Kind::Discard) => Ok(()),
-            Ok(_) if is_zeroing && !job.by_hand => Ok(()),
+            // fallocate(2) has no flag for it, as writes have.
+            Ok(_) if is_allocation && self.write_through && !job.settling => {
+                job.settling = true;
+                self.start_job(id, io);
+                return Ok(());
+            }
+            Ok(_) if is_allocation || job.request.kind == Kind::Flush => Ok(()),
             Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the image became shorter")),
             Ok(bytes) => {
                 job.done += bytes as usize;
@@ -488,7 +502,7 @@ impl Device for Disk {
                 self.start_job(id, io);
                 Ok(())
             }
-            Err(error) if is_zeroing && !job.by_hand && is_unsupported(&error) => {
+            Err(error) if is_zeroing && is_unsupported(&error) => {
                 job.by_hand = true;
                 self.start_job(id, io);
                 Ok(())
