@@ -14,7 +14,7 @@ use ft_vhost::{
     device::{Buffer, Completion, Device, Fallocate, Input, Life, Uring},
     exit::End,
     guest_side::{
-        BOUNCE, GuestSide, RingError,
+        BOUNCE, GuestSide,
         blk::{
             BlkGuestSide, ById, COMPLETION_HEADER_BYTES, CONFIG_WRITEBACK_OFFSET, FEATURE_CONFIG_WCE, FEATURE_FLUSH,
             Geometry, ID_BYTES, Kind, Request, SECTOR_BYTES, STATUS_IO_ERROR, STATUS_OK, completion_header,
@@ -361,8 +361,15 @@ impl Disk {
                     self.report(id, queue, status, &[]);
                 }
                 Buffer::Bytes(bytes) if brings && self.life == Life::Alone => {
-                    let _: Result<(), RingError> = self.guest.write_ahead(id, &bytes[data.from..][..length as usize]);
+                    let brought = self.guest.write_ahead(id, &bytes[data.from..][..length as usize]);
                     data.buffer = Buffer::Bytes(bytes);
+                    let status = brought.map_or_else(
+                        |error| {
+                            warn!(sector, length, %error, "what was read has no place any more; the guest is told");
+                            STATUS_IO_ERROR
+                        },
+                        |()| status,
+                    );
                     self.report(id, queue, status, &[]);
                 }
                 Buffer::Bytes(mut completion) if brings => {

@@ -7,7 +7,10 @@ use std::{fs::File, time::Duration};
 
 use ft_vhost::{
     device::{Completion, Device, Life, Uring},
-    guest_side::blk::Geometry,
+    guest_side::{
+        blk::{Geometry, STATUS_IO_ERROR, completions},
+        dirty::GuestMemoryMmap,
+    },
 };
 use support::{
     driver::{BlkDriver, BlkRequest, memory},
@@ -91,6 +94,11 @@ const WRITES: Access = Access {
     direct: false,
 };
 
+const DIRECT_READS: Access = Access {
+    read_only: true,
+    direct: true,
+};
+
 #[test]
 fn zeroes_and_discards_are_durable_before_they_are_done_in_write_through_mode() {
     const UNMAP: u32 = 1;
@@ -112,4 +120,21 @@ fn zeroes_and_discards_are_durable_before_they_are_done_in_write_through_mode() 
             assert_eq!(machine.status(0, request), 0);
         }
     }
+}
+
+#[test]
+fn a_read_whose_memory_is_gone_is_an_error() {
+    let mut machine = Machine::new(DIRECT_READS, Policy::default(), 1);
+    // In parts of 256 bytes, which no direct I/O takes: it goes through a buffer.
+    machine.drivers[0].read(0, 512);
+    machine.kick(0);
+    let completion = machine.completion();
+    assert_eq!(completion.result, 512);
+    machine.disk.guest().set_memory(GuestMemoryMmap::new());
+    machine.disk.complete(completion, &mut machine.io).unwrap();
+    let input = machine.disk.take_input(&mut machine.io).unwrap().expect("a completion");
+    let statuses: Vec<u8> = completions(&input.payload)
+        .map(|completion| completion.unwrap().status)
+        .collect();
+    assert_eq!(statuses, [STATUS_IO_ERROR]);
 }
