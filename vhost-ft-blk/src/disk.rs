@@ -253,7 +253,10 @@ impl Disk {
         }
         if matches!(job.data.buffer, Buffer::None) {
             let prepared = match self.life {
-                Life::Alone => buffers.direct(guest, id, length, kind == Kind::Write, image.alignment()),
+                Life::Alone => {
+                    let bounces = image.may_be_read_after_us();
+                    buffers.direct(guest, id, length, kind == Kind::Write, image.alignment(), bounces)
+                }
                 _ => {
                     let mut bytes = buffers.take();
                     bytes.resize(COMPLETION_HEADER_BYTES + length, 0);

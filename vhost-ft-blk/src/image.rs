@@ -289,6 +289,13 @@ impl Image {
         self.file.as_raw_fd()
     }
 
+    /// Whether direct reads of this process, once it is killed, may go on while its successor serves the guest already: readers share
+    /// the image, so nobody waits for them. Memory that outlives the process is then not for the kernel to write to.
+    #[must_use]
+    pub fn may_be_read_after_us(&self) -> bool {
+        self.read_only && self.alignment > 1
+    }
+
     /// Where in memory the data of an I/O must begin and end: multiples of this.
     #[must_use]
     pub fn alignment(&self) -> usize {

@@ -3,7 +3,8 @@
 //! ```text
 //!  protected:  guest memory ─copy─► bounce buffer ─► image          image ─► bounce buffer ─logged, delivered─► guest memory
 //!  alone:      guest memory ──────────────────────► image           image ──────────────────────────────────► guest memory
-//!              through an aligned buffer of our own where --direct wants an alignment that the guest's memory has not
+//!              through an aligned buffer of our own where --direct wants an alignment that the guest's memory has not, or the image is
+//!              shared with other readers
 //! ```
 
 use ft_vhost::{
@@ -86,7 +87,7 @@ impl Buffers {
         (buffer, from)
     }
 
-    /// Guest memory for request `id` of a guest that nobody protects, or an aligned buffer.
+    /// Guest memory for request `id` of a guest that nobody protects, or an aligned buffer: always that, if it `bounces`.
     pub(crate) fn direct(
         &mut self,
         guest: &BlkGuestSide,
@@ -94,6 +95,7 @@ impl Buffers {
         length: usize,
         writes: bool,
         alignment: usize,
+        bounces: bool,
     ) -> Result<Prepared, RingError> {
         let Some((memory, segments)) = guest.data(id) else {
             return Ok(Prepared::Forgotten);
@@ -102,7 +104,7 @@ impl Buffers {
         let Some(buffer) = GuestBuffer::new(memory, segments, parts) else {
             return Ok(Prepared::Failed(Errno::EFAULT));
         };
-        if alignment == 1 || buffer.is_aligned(alignment) {
+        if !bounces && (alignment == 1 || buffer.is_aligned(alignment)) {
             return Ok(Prepared::Ready(Data {
                 buffer: Buffer::Guest(buffer),
                 ..Data::default()

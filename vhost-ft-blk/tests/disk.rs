@@ -6,7 +6,7 @@ mod support;
 use std::{fs::File, time::Duration};
 
 use ft_vhost::{
-    device::{Completion, Device, Life, Uring},
+    device::{Buffer, Completion, Device, Life, Uring},
     guest_side::{
         blk::{Geometry, STATUS_IO_ERROR, completions},
         dirty::GuestMemoryMmap,
@@ -99,6 +99,11 @@ const DIRECT_READS: Access = Access {
     direct: true,
 };
 
+const DIRECT_WRITES: Access = Access {
+    read_only: false,
+    direct: true,
+};
+
 #[test]
 fn zeroes_and_discards_are_durable_before_they_are_done_in_write_through_mode() {
     const UNMAP: u32 = 1;
@@ -137,4 +142,19 @@ fn a_read_whose_memory_is_gone_is_an_error() {
         .map(|completion| completion.unwrap().status)
         .collect();
     assert_eq!(statuses, [STATUS_IO_ERROR]);
+}
+
+#[test]
+fn direct_reads_of_a_shared_image_do_not_reach_guest_memory_by_themselves() {
+    for (access, guests_own) in [(DIRECT_READS, false), (DIRECT_WRITES, true)] {
+        let mut machine = Machine::new(access, Policy::default(), 1);
+        let read = machine.drivers[0].read(0, 8192);
+        machine.kick(0);
+        let completion = machine.completion();
+        assert_eq!(matches!(completion.buffer, Buffer::Guest(_)), guests_own);
+        assert_eq!(machine.drivers[0].data(read) == [0; 8192], guests_own);
+        machine.disk.complete(completion, &mut machine.io).unwrap();
+        assert_eq!(machine.status(0, read), 0);
+        assert!(machine.drivers[0].data(read) == [0; 8192]);
+    }
 }
