@@ -204,7 +204,7 @@ impl Image {
             lock_patiently(&self.file, self.read_only, self.patience)
                 .map_err(|_| ImageError::Locked(self.path.clone()).to_string())?;
             let found = measure(&mut self.file).map_err(|error| error.to_string())?;
-            if found != self.bytes {
+            if self.whole_blocks(found) != self.bytes {
                 let _ = lock(&self.file, libc::F_UNLCK);
                 return Err(format!(
                     "image {} has {found} bytes and had {} when it was opened: say resize to this daemon",
@@ -261,14 +261,18 @@ impl Image {
             })?;
         }
         let found = measure(&mut self.file).map_err(|error| error.to_string())?;
-        // A part of a block at the end is not part of the disk.
-        let whole = found - found % block_bytes;
+        let whole = self.whole_blocks(found);
         if whole == 0 {
             return Err("nothing is left of the image".into());
         }
         info!(bytes = whole, before = self.bytes, "the image has a new size");
         self.bytes = whole;
         Ok(())
+    }
+
+    /// Bytes of a disk on a file of `bytes`: a part of a block at the end is not part of it.
+    fn whole_blocks(&self, bytes: u64) -> u64 {
+        bytes - bytes % u64::from(self.block_bytes)
     }
 
     /// Sectors of the disk.
@@ -447,6 +451,19 @@ mod tests {
             Image::open(file.path(), WRITES, 512, Locking::Life, Duration::ZERO),
             Err(ImageError::Locked(_))
         ));
+    }
+
+    #[test]
+    fn a_part_of_a_block_at_the_end_keeps_nobody_from_the_image() {
+        let file = image(1024);
+        let mut image = Image::open(file.path(), WRITES, 512, Locking::WhileAttached, Duration::ZERO).unwrap();
+        file.as_file().set_len(2000).unwrap();
+        image.resize(None).unwrap();
+        assert_eq!(image.sectors(), 3);
+        image.attach().unwrap();
+        image.detach().unwrap();
+        file.as_file().set_len(2048).unwrap();
+        assert!(image.attach().unwrap_err().contains("say resize"));
     }
 
     #[test]
