@@ -18,7 +18,12 @@ use std::{
 };
 
 use ft_client::crash;
-use ft_protocol::{backlog::Backlog, ids::Generation, limits::FRAME_BYTES_MAX, message::Message};
+use ft_protocol::{
+    backlog::Backlog,
+    ids::Generation,
+    limits::{FRAME_BYTES_MAX, OUTGOING_BYTES_MAX},
+    message::Message,
+};
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt};
 
 use crate::{
@@ -130,6 +135,12 @@ impl Channel {
     /// Queues a control message.
     pub fn message(&mut self, message: &Message, generation: Generation) {
         message.encode(generation, &mut self.outgoing);
+    }
+
+    /// Whether the peer has not read for so long that nothing more may wait for it: the channel is to be cut.
+    #[must_use]
+    pub fn is_overfull(&self) -> bool {
+        self.outgoing.len() > OUTGOING_BYTES_MAX
     }
 
     /// Entries of the backlog may leave on this connection.
@@ -395,4 +406,38 @@ pub fn socket_for(local: IpAddr, peer: SocketAddr) -> io::Result<OwnedFd> {
 pub fn peer_of(socket: &OwnedFd) -> Option<SocketAddr> {
     let stream = std::net::TcpStream::from(socket.as_fd().try_clone_to_owned().ok()?);
     stream.peer_addr().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use ft_protocol::{limits::BACKLOG_BYTES_MAX, message::Watermarks};
+
+    use super::*;
+
+    #[test]
+    fn a_peer_that_does_not_read_is_noticed_before_its_messages_fill_the_memory() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (socket, address) = listener.accept().unwrap();
+        let (mut ring, mut backlog) = (Ring::new().unwrap(), Backlog::new(BACKLOG_BYTES_MAX));
+        let mut channel = Channel::new(&mut ring, 1, Rc::new(socket.into()), address, 1000, None).unwrap();
+        let ack = Message::Ack(Watermarks::default());
+        // The sockets' buffers fill up first.
+        let overfull = (0..100_000).any(|_| {
+            (0..100).for_each(|_| channel.message(&ack, Generation(1)));
+            channel.flush(&mut ring, &mut backlog).unwrap();
+            ring.enter(Some(0)).unwrap();
+            while let Some(done) = ring.next_completion() {
+                if done.token == Token::ChannelSend(1) {
+                    channel.sent(&mut ring, &mut backlog, done).unwrap();
+                }
+            }
+            channel.is_overfull()
+        });
+        assert!(overfull, "{} bytes wait", channel.outgoing.len());
+        assert!(channel.outgoing.len() < OUTGOING_BYTES_MAX + 100 * 256);
+        drop(peer);
+    }
 }

@@ -22,6 +22,8 @@ pub const BACKLOG_CHUNK_BYTES: usize = 256 * 1024;
 pub const BACKLOG_SPARES_MAX: usize = 8;
 /// Accepted connections that have not said hello yet.
 pub const CANDIDATES_MAX: usize = 4;
+/// Bytes of control messages that wait for a peer which does not read; at this many the channel is cut.
+pub const OUTGOING_BYTES_MAX: usize = 1024 * 1024;
 /// Moments that the measure of the lag remembers.
 pub const LAG_SAMPLES_MAX: usize = 2048;
 /// The throttle that stops the primary's vCPU; 0 lets it run.
@@ -33,6 +35,7 @@ const _: () = assert!(
     "a ring that cannot hold a few of the largest frames would stop the guest for each of them"
 );
 const _: () = assert!(MESSAGE_BYTES_MAX + HEADER_BYTES <= FRAME_BYTES_MAX);
+const _: () = assert!(OUTGOING_BYTES_MAX >= 16 * (HEADER_BYTES + MESSAGE_BYTES_MAX));
 const _: () = assert!(
     BACKLOG_BYTES_MAX >= 4 * FRAME_BYTES_MAX && BACKLOG_BYTES_MAX >= 4 * BACKLOG_CHUNK_BYTES,
     "a backlog that the largest frames fill would stop the guest for each of them"

@@ -461,6 +461,13 @@ impl Daemon {
             link.refused = None;
             heartbeats.set_keys(keys);
         }
+        if channel.is_overfull() {
+            warn!(
+                "{} does not read what it is told: the logging channel is cut",
+                channel.peer()
+            );
+            return self.drop_channel();
+        }
         channel.flush(&mut self.ring, backlog)
     }
 

@@ -442,6 +442,27 @@ fn gaps_other_generations_and_impossible_lengths_halt_the_backup() {
 }
 
 /// Peak resident memory of a process, KiB.
+#[test]
+fn a_hello_that_is_repeated_breaks_the_channel_and_not_the_pair() {
+    let world = World::new();
+    let (b, mut stream) = paired_backup(&world);
+    stream.write_all(&entry(1, 1)).unwrap();
+    assert_eq!(receive(&mut stream), ack(Lsn(1)));
+    let again = Message::Hello(Hello {
+        last: Lsn(1),
+        ..hello()
+    });
+    send(&mut stream, &again);
+    assert_eq!(stream.read(&mut [0; 64]).unwrap_or(0), 0, "it was answered");
+    let mut stream = connect_as_a(&world);
+    send(&mut stream, &again);
+    assert!(matches!(
+        receive(&mut stream),
+        Message::Hello(Hello { last: Lsn(1), .. })
+    ));
+    assert_eq!(b.region().role(), Role::Replaying);
+}
+
 fn peak_kib(daemon: &Daemon) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();

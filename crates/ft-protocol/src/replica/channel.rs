@@ -170,6 +170,11 @@ impl Replica {
         match self.role {
             Role::Pairing => self.pair(now_ns, generation, other, actions),
             _ if !self.is_pair() => actions.push(Action::CloseChannel),
+            // One hello begins a channel. A peer that goes on saying it is damaged, and every answer would take memory.
+            _ if self.channel.open => {
+                self.channel.close(now_ns);
+                actions.push(Action::BreakChannel);
+            }
             _ => match self.refusal(generation, other) {
                 None => self.resume(now_ns, other, actions),
                 // Only a backup that answers is known to be the peer: a stranger must not end the pair.

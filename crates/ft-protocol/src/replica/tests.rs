@@ -631,6 +631,21 @@ fn a_channel_that_stands_still_is_broken_once_and_then_suspected() {
 }
 
 #[test]
+fn a_second_hello_on_an_open_channel_breaks_it_and_is_not_answered() {
+    for mut replica in [recording(), replaying()] {
+        let of_primary = replica.role() == Role::Replaying;
+        assert!(replica.is_channel_open());
+        assert_eq!(from_peer(&mut replica, peer_hello(of_primary)), [Action::BreakChannel]);
+        assert!(!replica.is_channel_open());
+        // The pair is as it was.
+        step(&mut replica, 2, Event::ChannelDown);
+        step(&mut replica, 2, Event::ChannelUp);
+        from_peer(&mut replica, peer_hello(of_primary));
+        assert!(replica.is_channel_open());
+    }
+}
+
+#[test]
 fn a_channel_that_comes_back_late_has_its_time_to_carry_something() {
     let resumed_at = |last_of_backup| {
         let mut primary = interrupted();
