@@ -16,7 +16,7 @@ use crate::error::Error;
 const CR4_PGE: u64 = 1 << 7;
 const LSTAR: u32 = 0xc000_0082;
 /// MSRs that belong to the state, where KVM has them.
-const MSRS: [u32; 44] = [
+const MSRS: [u32; 43] = [
     0x48, // SPEC_CTRL
     0x174,
     0x175,
@@ -60,7 +60,6 @@ const MSRS: [u32; 44] = [
     0xc000_0103, // TSC_AUX
     0xc001_0015, // HWCR (AMD)
     0xc001_011f, // VIRT_SPEC_CTRL (AMD)
-    0xc001_1029, // DE_CFG (AMD)
 ];
 
 /// Most bytes of an encoded state: all of it is of fixed size but the MSRs.
@@ -161,11 +160,16 @@ impl VcpuState {
         // SAFETY: `kvm_xsave` is the whole 4096 bytes that KVM_SET_XSAVE reads; larger areas are for features that only a
         // process which asked the kernel for them (AMX) can give to a guest, and this one asks for none.
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(&failed)?;
-        let set = vcpu.set_msrs(&list(&self.msrs)).map_err(&failed)?;
-        if set != self.msrs.len() {
+        // Only what differs: some cannot be set any more once the vCPU ran, not even to what they are.
+        let mut current = list(&self.msrs);
+        let read = vcpu.get_msrs(&mut current).map_err(&failed)?;
+        let same = |entry: &kvm_msr_entry| current.as_slice()[..read].contains(entry);
+        let other: Vec<kvm_msr_entry> = self.msrs.iter().filter(|entry| !same(entry)).copied().collect();
+        let set = vcpu.set_msrs(&list(&other)).map_err(&failed)?;
+        if set != other.len() {
             return Err(Error::environment(format!(
                 "KVM refused MSR {:#x} = {:#x}: the hosts differ more than their CPUID tells",
-                self.msrs[set].index, self.msrs[set].data
+                other[set].index, other[set].data
             )));
         }
         vcpu.set_debug_regs(&self.debug).map_err(&failed)?;
