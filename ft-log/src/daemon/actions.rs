@@ -22,6 +22,9 @@ impl Daemon {
             let exit = self.exit_after(&event);
             let mut actions = std::mem::take(&mut self.actions);
             self.vm.replica.step(monotonic_ns(), event, &mut actions);
+            if self.vm.replica.is_channel_open() {
+                self.vm.link.is_in_use();
+            }
             for action in actions.drain(..) {
                 self.perform(action, exit)?;
             }

@@ -30,8 +30,11 @@ use crate::{
 
 /// After an error of accept, which may go away by itself.
 const ACCEPT_RETRY_NS: u64 = 100_000_000;
-/// Between two attempts to connect where a pair waits for it.
+/// Between two attempts to connect where a pair waits for it, after the first one that led to nothing; twice as long after each
+/// further connection that was taken and never became a channel.
 const RECONNECT_RETRY_NS: u64 = 20_000_000;
+/// How often it doubles.
+const RECONNECT_DOUBLINGS_MAX: u32 = 3;
 
 /// A channel that is over but for its last messages.
 #[derive(Debug)]
@@ -76,6 +79,10 @@ pub(super) struct Link {
     side: Side,
     /// Why the peer was refused, as the operator was told.
     refused: Option<String>,
+    /// Why the last connection was turned away, as the operator was told.
+    turned_away: Option<String>,
+    /// Connections since the last channel on which both sides said hello.
+    fruitless: u32,
 }
 
 impl Link {
@@ -101,7 +108,23 @@ impl Link {
             identity,
             side,
             refused: None,
+            turned_away: None,
+            fruitless: 0,
         }
+    }
+
+    /// A connection was turned away. Whoever tries again and again for the same reason is told of once.
+    fn tell_turned_away(&mut self, peer: SocketAddr, reason: String) {
+        if self.turned_away.as_ref() != Some(&reason) {
+            warn!("refused a connection from {peer}: {reason}");
+            self.turned_away = Some(reason);
+        }
+    }
+
+    /// Both sides said hello.
+    pub(super) fn is_in_use(&mut self) {
+        self.fruitless = 0;
+        self.turned_away = None;
     }
 
     /// The other end is not the peer, or does not speak as this side does. A trouble that stays is told once.
@@ -197,14 +220,14 @@ impl Daemon {
         };
         let expected = self.config.peer.map(|expected| expected.ip());
         if expected != Some(peer.ip()) {
-            warn!("refused a connection from {peer}, which is not the peer's address (--peer)");
+            let reason = format!("{} is not the peer's address (--peer)", peer.ip());
+            self.vm.link.tell_turned_away(peer, reason);
         } else if !self.vm.wants_channel() || self.ending.is_some() {
-            warn!(
-                "refused a connection from {peer}: this side is {:?}",
-                self.vm.replica.role()
-            );
+            let reason = format!("this side is {:?}", self.vm.replica.role());
+            self.vm.link.tell_turned_away(peer, reason);
         } else if self.vm.link.candidates.len() >= CANDIDATES_MAX {
-            warn!("refused a connection from {peer}: {CANDIDATES_MAX} others have not said hello yet");
+            let reason = format!("{CANDIDATES_MAX} others have not said hello yet");
+            self.vm.link.tell_turned_away(peer, reason);
         } else {
             match self.vm.link.open(&mut self.ring, Rc::new(socket), peer) {
                 Ok(channel) => self.vm.link.candidates.push(Candidate {
@@ -258,7 +281,7 @@ impl Daemon {
             Ok((generation, hello)) => match self.vm.replica.refusal(generation, &hello) {
                 None => self.promote(at),
                 Some(reason) => {
-                    warn!("refused a connection from {peer}: {reason}");
+                    self.vm.link.tell_turned_away(peer, reason.clone());
                     self.refuse_candidate(at, Message::Refuse { reason })
                 }
             },
@@ -343,6 +366,7 @@ impl Daemon {
 
     fn open_channel(&mut self, socket: Rc<OwnedFd>, peer: SocketAddr) -> io::Result<()> {
         self.vm.link.told = None;
+        self.vm.link.fruitless = self.vm.link.fruitless.saturating_add(1);
         match self.vm.link.open(&mut self.ring, socket, peer) {
             Ok(channel) => {
                 debug!("channel with {peer} is up");
@@ -364,7 +388,10 @@ impl Daemon {
         }
         let pause_ns = match self.vm.replica.role() {
             Role::Pairing => ns(self.config.timers.connect_retry_ms),
-            _ if failed => RECONNECT_RETRY_NS,
+            _ if failed => {
+                let doublings = self.vm.link.fruitless.saturating_sub(1);
+                RECONNECT_RETRY_NS << doublings.min(RECONNECT_DOUBLINGS_MAX)
+            }
             _ => 0,
         };
         self.vm.link.connect_at_ns = Some(monotonic_ns() + pause_ns);
@@ -544,6 +571,7 @@ impl Daemon {
 
     fn gone(&mut self) {
         self.queue.push_back(Event::ChannelDown);
-        self.connect_again(false);
+        // A connection that never became a channel is one more attempt that failed.
+        self.connect_again(self.vm.link.fruitless > 0);
     }
 }

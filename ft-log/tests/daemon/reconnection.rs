@@ -107,12 +107,16 @@ fn a_channel_that_stays_away_is_suspected_though_heartbeats_come() {
     let last = a.append(10);
     a.wait_committed(last);
     b.replay_through(Lsn(1), last);
+    let accepted = proxy.accepted();
     proxy.refuse();
     proxy.cut();
     for host in [&mut a, &mut b] {
         let reason = host.daemon.wait_event("suspect")["reason"].clone();
         assert!(reason.as_str().unwrap().contains("is away"), "{reason}");
     }
+    // Whoever takes connections and closes them at once is not asked without a pause: 1 s is 50 of the shortest.
+    let attempts = proxy.accepted() - accepted;
+    assert!((2..60).contains(&attempts), "{attempts} attempts");
     // One of them goes on, the other one ends.
     let verdict = a.daemon.wait_event("arbiter")["verdict"].clone();
     let (winner, loser) = if verdict == "won" { (&a, &mut b) } else { (&b, &mut a) };
