@@ -119,6 +119,10 @@ pub struct Disk {
     life: Life,
     policy: Policy,
     write_through: bool,
+    /// The driver may have chosen write-through, and nobody here knows.
+    unknown_mode: bool,
+    /// The driver can choose.
+    chooses: bool,
     schedule: Schedule,
     jobs: ById<Job>,
     buffers: Buffers,
@@ -147,6 +151,8 @@ impl Disk {
             image,
             life: Life::Alone,
             write_through: policy.write_through,
+            unknown_mode: false,
+            chooses: false,
             policy,
             schedule: Schedule::default(),
             jobs: ById::default(),
@@ -418,13 +424,23 @@ impl Device for Disk {
         // A driver that can choose the mode finds the one that was chosen last; one that can neither choose nor flush relies on us.
         if features & FEATURE_CONFIG_WCE == 0 {
             self.write_through = self.policy.write_through || features & FEATURE_FLUSH == 0;
+        } else if self.unknown_mode {
+            self.write_through = true;
         }
+        self.chooses = features & FEATURE_CONFIG_WCE != 0;
+    }
+
+    fn resume(&mut self) {
+        // A driver that chose write-through flushes nothing; one that did not loses time and no data.
+        self.unknown_mode = true;
+        self.write_through |= self.chooses;
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), String> {
         match (offset, bytes) {
             (CONFIG_WRITEBACK_OFFSET, [writeback]) if *writeback <= 1 => {
                 self.write_through = *writeback == 0;
+                self.unknown_mode = false;
                 Ok(())
             }
             _ => Err(format!(

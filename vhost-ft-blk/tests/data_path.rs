@@ -128,6 +128,53 @@ fn the_cache_mode_is_the_operators_until_the_driver_chooses() {
 }
 
 #[test]
+fn a_guest_that_ran_before_is_written_through_until_its_driver_chooses() {
+    use vhost::VhostBackend;
+    const WRITEBACK: u32 = 32;
+    let (directory, image) = on_disk();
+    let socket = directory.path().join("socket");
+    let mode = |session: &mut Session| session.config(60)[WRITEBACK as usize];
+    let memory = memory();
+    let mut driver = BlkDriver::new(&memory, true);
+    let daemon_here = Daemon::listening(&mut daemon(&socket, &image, &[]));
+    let mut session = Session::negotiate(&socket, u64::MAX, 1);
+    session.share(&memory);
+    let region = session.track(None, 64);
+    session.start_queue(0, &driver.ring);
+    assert_eq!(mode(&mut session), 1);
+    // A queue that stops and goes on is known to this daemon.
+    let write = driver.write(0, &[1; 512]);
+    complete(&session, &mut driver, &[write]);
+    session.frontend.get_vring_base(0).unwrap();
+    session.start_queue(0, &driver.ring);
+    assert_eq!(mode(&mut session), 1);
+    drop(session);
+    daemon_here.kill();
+
+    // As after a migration: where the queue was, and nothing else.
+    let daemon_here = Daemon::listening(&mut daemon(
+        &socket,
+        &image,
+        &["--num-queues", "2", "--io-threads", "2"],
+    ));
+    let mut session = Session::start(&socket, &memory, u64::MAX, &[&driver.ring]);
+    assert_eq!(mode(&mut session), 0);
+    session.set_config(WRITEBACK, &[1]).unwrap();
+    session.frontend.get_vring_base(0).unwrap();
+    session.start_queue(0, &driver.ring);
+    assert_eq!(mode(&mut session), 1);
+    drop(session);
+    daemon_here.kill();
+
+    // As after a kill -9: the region of the chains in flight.
+    let _daemon = Daemon::listening(&mut daemon(&socket, &image, &[]));
+    let mut session = Session::negotiate(&socket, u64::MAX, 1);
+    session.share(&memory);
+    session.track(Some(region), 64);
+    assert_eq!(mode(&mut session), 0);
+}
+
+#[test]
 fn a_queue_beyond_the_operators_bound_is_refused() {
     use vhost::VhostBackend;
     let (directory, image) = on_disk();

@@ -256,6 +256,10 @@ impl<D: Device> Alone<D> {
             SharedCommand::Features(features) => self.device.set_features(features),
             SharedCommand::Inflight(region) => self.device.guest().set_inflight(Some(region)),
             SharedCommand::Config { offset, bytes } => self.device.set_config(offset, &bytes)?,
+            SharedCommand::Resume => {
+                self.device.resume();
+                return Ok(Answer::Config(self.device.config()));
+            }
             SharedCommand::Resize(bytes) => return self.device.resize(bytes).map(Answer::Config),
             // Taken between two writes to guest memory, it is between them.
             SharedCommand::Barrier => {}

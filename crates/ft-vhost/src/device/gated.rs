@@ -255,7 +255,8 @@ impl<D: Device> Gated<D> {
                 .configure_queue(queue, &setup)
                 .map_err(|error| error.to_string())?,
             Command::Queue(queue, QueueCommand::Stop) => return Ok(Answer::Index(guest.stop_queue(queue))),
-            Command::Queue(_, QueueCommand::Call(_)) | Command::Shared(SharedCommand::Barrier) => {}
+            Command::Queue(_, QueueCommand::Call(_))
+            | Command::Shared(SharedCommand::Barrier | SharedCommand::Resume) => {}
         }
         Ok(Answer::Done)
     }

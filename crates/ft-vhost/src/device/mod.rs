@@ -62,6 +62,9 @@ pub trait Device {
         Err("the configuration space is read-only".into())
     }
 
+    /// The driver ran before, and what it wrote to the configuration space is not known.
+    fn resume(&mut self) {}
+
     /// A queue is about to start, and none runs. What is behind the device is this one's from here on.
     ///
     /// # Errors

@@ -108,6 +108,13 @@ impl InflightRegion {
         })
     }
 
+    /// Whether a device tracked chains here before.
+    #[must_use]
+    pub fn is_used(&self) -> bool {
+        let mut queues = (0..self.queues).filter_map(|queue| self.queue(queue));
+        queues.any(|queue| queue.load::<u16>(VERSION_AT) != 0)
+    }
+
     /// The tracking of one queue, if the region has it.
     #[must_use]
     pub fn queue(&self, queue: u16) -> Option<InflightQueue> {

@@ -60,6 +60,8 @@ pub enum SharedCommand {
         /// What.
         bytes: Vec<u8>,
     },
+    /// The guest ran before: under an earlier daemon, or elsewhere; the answer is the configuration space.
+    Resume,
     /// The operator gave the disk this many bytes, or changed its image (`None`); the answer is the configuration space.
     Resize(Option<u64>),
     /// What was changed elsewhere holds for every write to guest memory after the answer.

@@ -49,6 +49,8 @@ struct Vring {
     kicked: bool,
     enabled: bool,
     running: bool,
+    /// It ran in this session.
+    ran: bool,
 }
 
 /// One frontend's session.
@@ -61,6 +63,8 @@ pub(super) struct Handler {
     memory: MemoryTable,
     log_pages: Option<LogPages>,
     vrings: Vec<Vring>,
+    /// The device knows what the driver wrote to the configuration space, or that it does not know.
+    config_settled: bool,
 }
 
 /// The eventfd in a message. Its reads must never block the device thread, whoever else reads it.
@@ -99,6 +103,7 @@ impl Handler {
             memory: MemoryTable::default(),
             log_pages: None,
             vrings,
+            config_settled: false,
         }
     }
 
@@ -156,11 +161,26 @@ impl Handler {
         possible.then_some((queues, size)).ok_or(Error::InvalidParam)
     }
 
+    /// The guest ran before this session. Frontends say what a driver writes to the configuration space once, so an earlier daemon
+    /// may be the only one that heard it.
+    fn resume(&mut self) -> Result<()> {
+        if !self.description.alone || std::mem::replace(&mut self.config_settled, true) {
+            return Ok(());
+        }
+        if let Answer::Config(space) = self.commands.shared(SharedCommand::Resume).map_err(impossible)? {
+            self.description.config.written(0, &space);
+        }
+        Ok(())
+    }
+
     fn track(&mut self, file: File, offset: u64, bytes: u64, queues: u16, queue_size: u16) -> Result<()> {
         let region = InflightRegion::map(file, offset, bytes, queues, queue_size).map_err(|error| {
             error!(%error, "the frontend's in-flight region is refused");
             Error::InvalidParam
         })?;
+        if region.is_used() && !self.vrings.iter().any(|vring| vring.ran) {
+            self.resume()?;
+        }
         self.shared(SharedCommand::Inflight(region))
     }
 
@@ -180,6 +200,10 @@ impl Handler {
             return Ok(());
         }
         vring.setup.event_idx = event_idx;
+        if !std::mem::replace(&mut vring.ran, true) && vring.setup.next_available != 0 {
+            self.resume()?;
+        }
+        let vring = &mut self.vrings[index];
         let command = QueueCommand::Start {
             setup: vring.setup,
             kick: copy(vring.kick.as_ref())?,
@@ -204,7 +228,10 @@ impl Handler {
     fn stop_all(&mut self) -> Result<()> {
         for index in 0..self.vrings.len() {
             self.stop(index)?;
-            self.vrings[index] = Vring::default();
+            self.vrings[index] = Vring {
+                ran: self.vrings[index].ran,
+                ..Vring::default()
+            };
         }
         Ok(())
     }
@@ -393,6 +420,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             bytes: bytes.to_vec(),
         })?;
         self.description.config.written(offset, bytes);
+        self.config_settled = true;
         Ok(())
     }
 
