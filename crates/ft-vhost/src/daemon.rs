@@ -236,7 +236,7 @@ fn serve_alone(
     let mut receivers = receivers.into_iter();
     let commands = receivers.next().expect("there is a thread");
     let mut threads = Vec::new();
-    // Rung by a thread that failed: the others end too.
+    // Rung by a thread that failed, this one included: the others end too.
     let failed = EventFd::new(EFD_NONBLOCK).map_err(End::environment)?;
     for (number, commands) in (1..).zip(receivers) {
         let (make, signals) = (Arc::clone(&make), Arc::clone(&signals));
@@ -258,7 +258,11 @@ fn serve_alone(
         let thread = std::thread::Builder::new().name(format!("io-{number}")).spawn(run);
         threads.push(thread.map_err(End::environment)?);
     }
+    let bell = failed.try_clone().map_err(End::environment)?;
     let mut result = Alone::new(device, commands, signals, failed, events, service)?.run();
+    if result.is_err() {
+        let _ = bell.write(1);
+    }
     for thread in threads {
         result = result.and(thread.join().expect("a panic aborts the process"));
     }
