@@ -116,7 +116,7 @@ fn a_channel_that_stays_away_is_suspected_though_heartbeats_come() {
     }
     // Whoever takes connections and closes them at once is not asked without a pause: 1 s is 50 of the shortest.
     let attempts = proxy.accepted() - accepted;
-    assert!((2..60).contains(&attempts), "{attempts} attempts");
+    assert!(attempts < 60, "{attempts} attempts");
     // One of them goes on, the other one ends.
     let verdict = a.daemon.wait_event("arbiter")["verdict"].clone();
     let (winner, loser) = if verdict == "won" { (&a, &mut b) } else { (&b, &mut a) };
