@@ -59,6 +59,7 @@ pub struct Driver {
     available: u16,
     used: u16,
     kicked_at: u16,
+    held: bool,
 }
 
 impl Driver {
@@ -73,6 +74,7 @@ impl Driver {
             available: 0,
             used: 0,
             kicked_at: 0,
+            held: false,
         }
     }
 
@@ -155,9 +157,21 @@ impl Driver {
         let ring = self.base + 0x8000;
         self.put(head, ring + 4 + 2 * u64::from(self.available % self.size));
         self.available = self.available.wrapping_add(1);
-        self.memory
-            .store(self.available, GuestAddress(ring + 2), Ordering::SeqCst)
-            .unwrap();
+        if !self.held {
+            self.announce();
+        }
+    }
+
+    /// From here on the device sees no new chain until [`Driver::announce`], however busily it polls.
+    pub fn hold(&mut self) {
+        self.held = true;
+    }
+
+    /// Shows the device every chain added so far.
+    pub fn announce(&mut self) {
+        self.held = false;
+        let index = GuestAddress(self.base + 0x8002);
+        self.memory.store(self.available, index, Ordering::SeqCst).unwrap();
     }
 
     /// Whether the device asked to be told about what was added since this was last asked.
