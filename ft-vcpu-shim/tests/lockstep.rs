@@ -2,7 +2,9 @@
 
 mod tiny;
 
-use ft_protocol::{Body, Generation, Lsn, entry::Entry};
+use std::sync::{Arc, Mutex};
+
+use ft_protocol::{Body, Generation, Lsn, Role, entry::Entry};
 use ft_vcpu_shim::{
     command::machine::MachineArgs,
     error::Error,
@@ -14,7 +16,9 @@ use ft_vcpu_shim::{
         timeline::Timeline,
     },
 };
-use tiny::{busy_guest, machine, machine_of, msr_guest, record, record_with, step_clock::StepClock};
+use tiny::{
+    busy_guest, halted_guest, machine, machine_of, msr_guest, record, record_with, run_recorded, step_clock::StepClock,
+};
 
 struct Frames(std::vec::IntoIter<Vec<u8>>);
 
@@ -258,4 +262,27 @@ fn a_position_clock_names_the_places_of_a_guest_that_only_computes() {
         let outcome = replay_with(&args, changed, clock(9));
         assert!(matches!(outcome, Err(Error::Diverged(_))), "{outcome:?}");
     }
+}
+
+#[test]
+fn a_guest_that_nothing_wakes_is_told_of() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine_of(&directory, &halted_guest());
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let (end, ..) = run_recorded(&args, &directory.path().join("console"), |execution, region| {
+        let (told, region) = (Arc::clone(&told), Arc::clone(region));
+        execution.set_on_asleep(Box::new(move |what| {
+            told.lock().unwrap().push(what.to_owned());
+            region.publish(Role::Halted, Generation(1), Lsn(0));
+        }));
+    });
+    assert!(matches!(end, Err(Error::Ended(_))), "{end:?}");
+    let told = told.lock().unwrap();
+    let [what] = told.as_slice() else {
+        panic!("{told:?}");
+    };
+    assert!(
+        what.contains("at exit 1, RIP 0x100002: its interrupts are off"),
+        "{what}"
+    );
 }

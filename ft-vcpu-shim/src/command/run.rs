@@ -149,6 +149,13 @@ pub fn run(args: &RunArgs) -> Result<(), Error> {
     let reports = Reports::new(args, Arc::clone(&region));
     let result = machine.power_on(ports, timeline, on_live).and_then(|mut execution| {
         execution.set_patience(Duration::from_millis(args.patience_ms));
+        let asleep_events = args.events.clone();
+        execution.set_on_asleep(Box::new(move |what| {
+            tracing::warn!("{what}");
+            if let Ok(mut events) = Events::open("ft-vcpu-shim", asleep_events.as_deref()) {
+                events.emit("asleep", json!({"what": what}));
+            }
+        }));
         let end = run_to_end(&mut execution, &reports);
         if let Err(Error::Diverged(divergence)) = &end {
             events.emit("diverged", reports.diverged(divergence, &execution));

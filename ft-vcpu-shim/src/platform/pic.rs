@@ -243,6 +243,21 @@ impl Pic {
         self.master.pending().is_some()
     }
 
+    /// What keeps interrupts out, for people.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let chip = |chip: &Chip| {
+            let Chip {
+                requested,
+                in_service,
+                masked,
+                ..
+            } = chip;
+            format!("requested {requested:#04x}, in service {in_service:#04x}, masked {masked:#04x}")
+        };
+        format!("master: {}; slave: {}", chip(&self.master), chip(&self.slave))
+    }
+
     /// INTA: the vector of the interrupt that enters now; `None` if there is none.
     pub fn acknowledge(&mut self) -> Option<u8> {
         let line = self.master.pending()?;

@@ -18,6 +18,7 @@ use ft_client::{LogWriter, Region, journal::SegmentHeader, ring};
 use ft_protocol::{Body, Generation, Lsn, Role, entry::Entry, held::Committed};
 use ft_vcpu_shim::{
     command::machine::MachineArgs,
+    error::Error,
     lockstep::{
         digest::Digests,
         execution::{End, Execution},
@@ -86,6 +87,8 @@ global_asm!(
     .global tiny_guest_end
     .global busy_guest_start
     .global busy_guest_end
+    .global halted_guest_start
+    .global halted_guest_end
     .global msr_guest_start
     .global msr_guest_end
 
@@ -145,6 +148,13 @@ busy_guest_start:
     .quad 0x20000
 busy_guest_end:
 
+    # Halts with interrupts off.
+halted_guest_start:
+    cli
+    hlt
+    guest_ends
+halted_guest_end:
+
     # 50 times: read the time stamp counter by RDMSR, into R8, and MPERF, which faults: each fault counts 1 in R9.
 msr_guest_start:
     guest_begins
@@ -180,6 +190,8 @@ unsafe extern "C" {
     static tiny_guest_end: u8;
     static busy_guest_start: u8;
     static busy_guest_end: u8;
+    static halted_guest_start: u8;
+    static halted_guest_end: u8;
     static msr_guest_start: u8;
     static msr_guest_end: u8;
 }
@@ -194,6 +206,12 @@ pub fn tiny_guest() -> Vec<u8> {
 pub fn busy_guest() -> Vec<u8> {
     // SAFETY: as above.
     elf(unsafe { between(&raw const busy_guest_start, &raw const busy_guest_end) })
+}
+
+/// The guest that nothing wakes.
+pub fn halted_guest() -> Vec<u8> {
+    // SAFETY: as above.
+    elf(unsafe { between(&raw const halted_guest_start, &raw const halted_guest_end) })
 }
 
 /// The guest that reads its host's MSRs.
@@ -259,6 +277,17 @@ pub fn record_with(
     console: &Path,
     prepare: impl FnOnce(&mut Execution),
 ) -> (Digests, Vec<Vec<u8>>) {
+    let (end, digests, frames) = run_recorded(args, console, |execution, _| prepare(execution));
+    assert_eq!(end.unwrap(), End::PowerOff);
+    (digests, frames)
+}
+
+/// Runs the guest recorded to whatever end; `prepare` gets what tells the shim its role, too.
+pub fn run_recorded(
+    args: &MachineArgs,
+    console: &Path,
+    prepare: impl FnOnce(&mut Execution, &Arc<Region>),
+) -> (Result<End, Error>, Digests, Vec<Vec<u8>>) {
     let region = Arc::new(Region::create().unwrap());
     region.publish(Role::Recording, Generation(1), Lsn(0));
     let memory = ring::create("test-log").unwrap();
@@ -293,17 +322,16 @@ pub fn record_with(
         }
     });
     let console = std::fs::File::create(console).unwrap();
-    let recorder = Recorder::new(log, region, console, Vec::new(), 0);
+    let recorder = Recorder::new(log, Arc::clone(&region), console, Vec::new(), 0);
     let mut execution = args
         .load()
         .unwrap()
         .power_on(Vec::new(), Box::new(recorder), Box::new(|_, _| {}))
         .unwrap();
-    prepare(&mut execution);
+    prepare(&mut execution, &region);
     let end = execution.run();
     ended.store(true, Ordering::Release);
-    assert_eq!(end.unwrap(), End::PowerOff);
-    (execution.digests(), keeper.join().unwrap())
+    (end, execution.digests(), keeper.join().unwrap())
 }
 
 /// Writes `frames` as a journal into `directory`, which is made.

@@ -8,13 +8,18 @@
 
 mod access;
 mod advance;
+mod asleep;
 
 use std::time::Duration;
 
 use ft_client::{crash, gate::Request};
 use ft_protocol::{Generation, Position, Stop};
 
-use self::advance::{Advance, Impatience};
+pub use self::asleep::OnAsleep;
+use self::{
+    advance::{Advance, Impatience},
+    asleep::Sleep,
+};
 use super::{
     digest::Digests,
     history::{Access, AccessKind, Event, History},
@@ -62,6 +67,7 @@ pub struct Execution {
     ports: Vec<Box<dyn Port>>,
     timeline: Option<Box<dyn Timeline>>,
     on_live: OnLive,
+    on_asleep: Option<OnAsleep>,
     exits: u64,
     position: Position,
     digests: Digests,
@@ -96,6 +102,7 @@ impl Execution {
             ports,
             timeline: Some(timeline),
             on_live,
+            on_asleep: None,
             exits: 0,
             position: Position::default(),
             digests: Digests::default(),
@@ -240,19 +247,26 @@ impl Execution {
     }
 
     /// Lets everything happen that happens at this stop, then lets an interrupt in. A halted guest stays here until one can enter.
-    fn settle(&mut self, idle: bool) -> Result<Option<End>, Error> {
+    fn settle(&mut self, halted: bool) -> Result<Option<End>, Error> {
+        let mut sleep = Sleep::default();
         loop {
             let can_interrupt = self.vcpu.can_interrupt();
+            let idle = halted && !(can_interrupt && self.board.pic.is_pending());
+            if idle {
+                self.sleeps(&mut sleep, can_interrupt);
+            }
             let waiting = Waiting {
-                idle: idle && !(can_interrupt && self.board.pic.is_pending()),
+                idle,
                 alarm_ns: self.board.deadline_ns(),
             };
             let stop = self.stop();
             let Some(happening) = self.happening(&stop, waiting)? else {
                 return Ok(Some(End::LogEnd));
             };
-            if happening == Happening::Nothing {
-                break;
+            match happening {
+                Happening::Nothing => break,
+                Happening::Time(_) => sleep.timer(),
+                _ => {}
             }
             self.apply(happening)?;
         }
