@@ -6,17 +6,17 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use ft_client::journal::{self, JournalReader, SegmentFile};
+use ft_client::journal::{self, JournalLock, JournalReader, SegmentFile};
 use ft_protocol::Generation;
 use tracing::{info, warn};
 
 use crate::{config::EarlierPolicy, exit::StartError};
 
-/// Makes the directory ready for a journal of generation 1, which is what a start begins with.
+/// Makes the directory ready for a journal of generation 1, which is what a start begins with, and locks it for the writer.
 ///
 /// # Errors
 /// [`StartError`]: nothing that was there is damaged.
-pub(crate) fn prepare(directory: &Path, vm: &str, policy: EarlierPolicy) -> Result<(), StartError> {
+pub(crate) fn prepare(directory: &Path, vm: &str, policy: EarlierPolicy) -> Result<JournalLock, StartError> {
     let failed = |what: &'static str| {
         move |source: io::Error| StartError::Path {
             path: directory.to_owned(),
@@ -25,6 +25,7 @@ pub(crate) fn prepare(directory: &Path, vm: &str, policy: EarlierPolicy) -> Resu
         }
     };
     std::fs::create_dir_all(directory).map_err(failed("create the journal's directory"))?;
+    let lock = JournalLock::take(directory, vm)?;
     let read = |error| failed("read the journal's directory")(io::Error::other(error));
     let mut own = journal::segments(directory).map_err(read)?;
     own.retain(|file| file.journal.vm == vm);
@@ -34,23 +35,23 @@ pub(crate) fn prepare(directory: &Path, vm: &str, policy: EarlierPolicy) -> Resu
             directory: directory.to_owned(),
             name: file.journal.to_string(),
         }),
-        (EarlierPolicy::Refuse, None) => Ok(()),
-        (EarlierPolicy::Archive, _) if own.is_empty() => Ok(()),
+        (EarlierPolicy::Refuse, None) => Ok(lock),
+        (EarlierPolicy::Archive, _) if own.is_empty() => Ok(lock),
         (EarlierPolicy::Archive, _) => {
-            recover(&own);
+            recover(&own, &lock);
             let place = archive(directory, vm, &own).map_err(failed("put the earlier journal aside"))?;
             info!(
                 "the journal of an earlier run is in {} now ({} segments)",
                 place.display(),
                 own.len()
             );
-            Ok(())
+            Ok(lock)
         }
     }
 }
 
 /// Cuts the torn tails off: the last segment of each generation is the only one that can have one.
-fn recover(own: &[SegmentFile]) {
+fn recover(own: &[SegmentFile], lock: &JournalLock) {
     let is_last = |at: usize| own.get(at + 1).is_none_or(|next| next.journal != own[at].journal);
     for file in (0..own.len()).filter(|at| is_last(*at)).map(|at| &own[at]) {
         let path = file.path.display();
@@ -60,7 +61,7 @@ fn recover(own: &[SegmentFile]) {
         });
         match torn {
             Ok(None) => info!("{path}: whole"),
-            Ok(Some(torn)) => match torn.cut() {
+            Ok(Some(torn)) => match torn.cut(lock) {
                 Ok(()) => info!("{torn}: cut off, everything before it is whole"),
                 Err(error) => warn!("{torn}: it could not be cut off: {error}"),
             },

@@ -71,6 +71,9 @@ pub enum StartError {
         /// Which journal.
         name: String,
     },
+    /// Somebody else writes the journal.
+    #[error(transparent)]
+    JournalLocked(#[from] ft_client::journal::LockError),
     /// The management plane cannot listen.
     #[error("{address}: cannot listen for --control or --metrics: {source}")]
     Control {

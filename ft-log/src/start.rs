@@ -50,9 +50,8 @@ pub fn run(config: Config) -> Result<Exit, StartError> {
         what: "open the events file",
         source,
     })?;
-    if let Some(directory) = &config.journal {
-        earlier_journal::prepare(directory, &config.vm, config.journal_earlier)?;
-    }
+    let prepare = |directory| earlier_journal::prepare(directory, &config.vm, config.journal_earlier);
+    let _journal_lock = config.journal.as_deref().map(prepare).transpose()?;
     // Later it may come and go; a backup with a mistyped path would learn of it at the failover.
     if let ArbiterAddress::Directory(path) = &config.arbiter {
         std::fs::read_dir(path).map_err(|source| StartError::Path {

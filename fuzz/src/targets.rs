@@ -15,7 +15,7 @@ use std::{
 
 use clap::Parser;
 use ft_client::{
-    journal::{JournalError, JournalReader, SegmentHeader},
+    journal::{JournalError, JournalLock, JournalReader, SegmentHeader},
     ring::{self, Consumer},
 };
 use ft_log::{clients, config::Config, local::Local, merge::Merger};
@@ -194,7 +194,8 @@ fn read_journal(directory: &std::path::Path) {
     let Some(torn) = reader.torn_tail().filter(|_| is_whole).cloned() else {
         return;
     };
-    torn.cut().expect("the segment is there");
+    let lock = JournalLock::of_segment(&torn.path).expect("nobody else writes it");
+    torn.cut(&lock).expect("the segment is there");
     let Ok(mut reader) = open() else {
         assert_eq!(last, Lsn::ZERO, "nothing is left");
         return;

@@ -17,7 +17,7 @@ use std::{
 };
 
 use clap::{Args, Subcommand, ValueEnum};
-use ft_client::journal::{self, JournalError, JournalReader, LastGood, TornTail};
+use ft_client::journal::{self, JournalError, JournalReader, LastGood, LockError, TornTail};
 use ft_protocol::{Generation, Lsn};
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -80,6 +80,9 @@ pub enum InspectError {
         /// Why not.
         source: io::Error,
     },
+    /// A journal that is to be changed is being written.
+    #[error(transparent)]
+    Locked(#[from] LockError),
     /// The result cannot be written.
     #[error("cannot write the result: {0}")]
     Output(#[from] io::Error),

@@ -5,7 +5,7 @@
 use std::io::Write;
 
 use clap::Args;
-use ft_client::journal::{JournalError, JournalReader, TornTail};
+use ft_client::journal::{JournalError, JournalLock, JournalReader, TornTail};
 use serde_json::{Value, json};
 
 use super::{Condition, Format, InspectError, Source, last_good_json, torn_json};
@@ -18,7 +18,7 @@ const LISTED_MAX: usize = 100;
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// Cut a torn tail off, so that the journal is whole again. Damage is never touched.
+    /// Cut a torn tail off, so that the journal is whole again. Damage is never touched, nor a journal that a running ft-log writes.
     #[arg(long)]
     cut_torn_tail: bool,
 }
@@ -87,6 +87,12 @@ fn examine(mut reader: JournalReader) -> Findings {
 }
 
 pub(super) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<Condition, InspectError> {
+    // Before the look: what is cut off is what nobody is writing.
+    let locks = if arguments.cut_torn_tail {
+        lock(&arguments.source)?
+    } else {
+        Vec::new()
+    };
     let mut worst = Condition::Whole;
     for reader in arguments.source.open()? {
         let findings = match reader {
@@ -102,8 +108,10 @@ pub(super) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<Conditio
             Format::Table => table(&findings, out)?,
             Format::Json => writeln!(out, "{}", as_json(&findings))?,
         }
-        if let (true, Condition::Torn, Some(torn)) = (arguments.cut_torn_tail, findings.condition(), &findings.torn) {
-            torn.cut().map_err(|source| InspectError::Cut {
+        if let (Condition::Torn, Some(torn)) = (findings.condition(), &findings.torn)
+            && let Some(lock) = locks.iter().find(|lock| lock.covers(&torn.path))
+        {
+            torn.cut(lock).map_err(|source| InspectError::Cut {
                 path: torn.path.clone(),
                 source,
             })?;
@@ -113,6 +121,20 @@ pub(super) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<Conditio
         }
     }
     Ok(worst)
+}
+
+/// Locks every journal that is looked at.
+fn lock(source: &Source) -> Result<Vec<JournalLock>, InspectError> {
+    let mut locks: Vec<JournalLock> = Vec::new();
+    for reader in source.open()?.into_iter().flatten() {
+        let Some(segment) = reader.segment_paths().first() else {
+            continue;
+        };
+        if !locks.iter().any(|lock| lock.covers(segment)) {
+            locks.push(JournalLock::of_segment(segment)?);
+        }
+    }
+    Ok(locks)
 }
 
 fn say_unreadable(error: &JournalError, format: Format, out: &mut dyn Write) -> Result<(), InspectError> {

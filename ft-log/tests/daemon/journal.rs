@@ -50,10 +50,9 @@ fn both_journals_hold_the_log_as_it_was_replayed() {
 }
 
 fn only_file(directory: &Path) -> PathBuf {
-    let mut files = fs::read_dir(directory).unwrap();
-    let path = files.next().unwrap().unwrap().path();
-    assert!(files.next().is_none());
-    path
+    let mut segments = ft_client::journal::segments(directory).unwrap();
+    assert_eq!(segments.len(), 1, "{segments:?}");
+    segments.remove(0).path
 }
 
 #[test]
@@ -282,12 +281,10 @@ fn a_restart_recovers_the_journal_of_the_earlier_run_and_puts_it_aside() {
         "{}",
         daemon.logged
     );
-    let place = fs::read_dir(world.journal(HostId::A))
+    let mut found = fs::read_dir(world.journal(HostId::A))
         .unwrap()
-        .next()
-        .unwrap()
-        .unwrap()
-        .path();
+        .map(|found| found.unwrap().path());
+    let place = found.find(|path| path.is_dir()).unwrap();
     let verified = Command::new(env!("CARGO_BIN_EXE_ft-log"))
         .arg("verify")
         .arg(&place)
@@ -303,4 +300,60 @@ fn a_restart_recovers_the_journal_of_the_earlier_run_and_puts_it_aside() {
     assert!(end > Lsn::ZERO && end < last.next());
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait_code(), 0);
+}
+
+/// What nobody may change while a daemon writes it: neither another daemon nor a person with `verify`.
+#[test]
+fn a_journal_that_is_being_written_is_neither_cut_nor_archived_nor_written_by_another() {
+    let world = World::new();
+    let (mut a, _b) = world.pair();
+    let last = a.append(200);
+    a.wait_committed(last);
+    let holder = format!("process {}", a.daemon.pid());
+    let directory = world.journal(HostId::A);
+    let verify = || {
+        let output = Command::new(env!("CARGO_BIN_EXE_ft-log"))
+            .args(["verify", "--cut-torn-tail"])
+            .arg(&directory)
+            .output()
+            .unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = verify();
+    assert!(
+        code == Some(3) && said.contains(&holder) && said.contains("end that one"),
+        "{said}"
+    );
+    // The same journal from another daemon: its own socket, the same directory and VM.
+    for policy in ["refuse", "archive"] {
+        let mut second = Command::new(env!("CARGO_BIN_EXE_ft-log"));
+        second
+            .args(["--vm", VM, "--role", "primary", "--alone", "--journal-earlier", policy])
+            .arg("--socket-path")
+            .arg(world.path("second.sock"))
+            .arg("--arbiter")
+            .arg(world.path("arbiter"))
+            .arg("--journal")
+            .arg(&directory);
+        let mut second = Daemon::spawn(&mut second);
+        assert_eq!(second.wait_code(), 3, "{}", second.logged);
+        assert!(second.logged.contains(&holder), "{}", second.logged);
+    }
+    let only = only_file(&directory);
+    // The writer is not disturbed, and the lock ends with it whatever it dies of.
+    let last = a.append(200);
+    a.wait_committed(last);
+    let deadline = Instant::now() + DEADLINE;
+    while fs::metadata(&only).unwrap().len() < 2 * SEGMENT_HEADER_BYTES as u64 {
+        assert!(Instant::now() < deadline, "nothing is written");
+        std::thread::yield_now();
+    }
+    a.daemon.signal(Signal::SIGKILL);
+    a.daemon.wait();
+    // Torn for certain: in the middle of the first entry's header.
+    let bytes = fs::read(&only).unwrap();
+    fs::write(&only, &bytes[..SEGMENT_HEADER_BYTES + 10]).unwrap();
+    let (code, said) = verify();
+    assert_eq!((code, said.as_str()), (Some(7), ""));
+    assert!(!read(&directory).unwrap().2, "the tail is still torn");
 }

@@ -92,14 +92,11 @@ fn journal_of(directory: &Path, host: &str) -> PathBuf {
 
 fn copy_with(journal: &Path, to: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     fs::create_dir_all(to).expect("a directory");
-    let file = fs::read_dir(journal)
-        .expect("the journal")
-        .next()
-        .expect("a segment")
-        .expect("a segment");
-    let mut bytes = fs::read(file.path()).expect("a segment");
+    let segments = ft_client::journal::segments(journal).expect("the journal");
+    let file = &segments.first().expect("a segment").path;
+    let mut bytes = fs::read(file).expect("a segment");
     change(&mut bytes);
-    fs::write(to.join(file.file_name()), bytes).expect("a copy");
+    fs::write(to.join(file.file_name().expect("its name")), bytes).expect("a copy");
 }
 
 #[test]

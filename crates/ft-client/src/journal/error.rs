@@ -1,9 +1,6 @@
 //! What can be wrong with a journal, and how it is told.
 
-use std::{
-    fmt, fs, io,
-    path::{Path, PathBuf},
-};
+use std::{fmt, fs, io, path::PathBuf};
 
 use ft_protocol::{
     frame::FrameError,
@@ -11,7 +8,7 @@ use ft_protocol::{
 };
 use thiserror::Error;
 
-use super::{SEGMENT_HEADER_BYTES, SUFFIX};
+use super::{JournalLock, SEGMENT_HEADER_BYTES, SUFFIX, lock::directory_of};
 
 /// The last entry that is whole, and where it ends.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -144,18 +141,22 @@ impl fmt::Display for TornTail {
 }
 
 impl TornTail {
-    /// Takes the unfinished entry off the file, for good: its writer is dead, and nobody was told that it is there. A segment
-    /// that does not even have its header goes altogether.
+    /// Takes the unfinished entry off the file, for good: nobody writes it, as the lock says, and nobody was told that it is there. A
+    /// segment that does not even have its header goes altogether. The tail must have been found while the lock was held.
     ///
     /// # Errors
     /// As truncate(2), unlink(2) and fsync(2).
-    pub fn cut(&self) -> io::Result<()> {
+    ///
+    /// # Panics
+    /// With the lock of another journal: the caller's bug.
+    pub fn cut(&self, lock: &JournalLock) -> io::Result<()> {
+        assert!(lock.covers(&self.path), "{lock:?} is not of {}", self.path.display());
         if self.offset >= SEGMENT_HEADER_BYTES as u64 {
             let file = fs::File::options().write(true).open(&self.path)?;
             file.set_len(self.offset)?;
             return file.sync_all();
         }
         fs::remove_file(&self.path)?;
-        fs::File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()
+        fs::File::open(directory_of(&self.path))?.sync_all()
     }
 }

@@ -12,8 +12,10 @@
 //!
 //! A journal ends where its writer was when it died. Bytes that are only *missing* at the very end are a [`TornTail`]: the
 //! reader ends there and says so. Bytes that are *wrong*, anywhere, are an error that names the entry and the place.
+//! Whoever writes a journal, cuts its tail off or moves it holds its [`JournalLock`].
 
 mod error;
+mod lock;
 
 use std::{
     fmt, fs,
@@ -27,7 +29,10 @@ use ft_protocol::{
     limits::{FRAME_BYTES_MAX, HEADER_BYTES, VM_NAME_BYTES_MAX},
 };
 
-pub use self::error::{Defect, JournalError, LastGood, TornTail};
+pub use self::{
+    error::{Defect, JournalError, LastGood, TornTail},
+    lock::{JournalLock, LockError},
+};
 
 /// Version of the segment format.
 pub const JOURNAL_VERSION: u32 = 1;

@@ -260,12 +260,41 @@ fn a_torn_tail_that_was_cut_off_leaves_a_whole_journal() {
     for length in [bytes.len() - 3, SEGMENT_HEADER_BYTES + 1, SEGMENT_HEADER_BYTES - 1, 0] {
         scratch.write(&(name.clone(), bytes[..length].to_vec()));
         let (whole, torn) = read_all(&scratch.0).unwrap();
-        torn.unwrap().cut().unwrap();
+        let torn = torn.unwrap();
+        torn.cut(&JournalLock::of_segment(&torn.path).unwrap()).unwrap();
         match read_all(&scratch.0) {
             Ok(read) => assert_eq!(read, (whole, None)),
             Err(error) => assert!(length < SEGMENT_HEADER_BYTES && matches!(error, JournalError::Nothing { .. })),
         }
     }
+}
+
+#[test]
+fn a_journal_has_one_lock_at_a_time() {
+    let scratch = Scratch::new("lock");
+    let segment = scratch.0.join("ledger.g1.000000.journal");
+    let held = JournalLock::take(&scratch.0, "ledger").unwrap();
+    assert!(held.covers(&segment) && !held.covers(&scratch.0.join("other.g1.000000.journal")));
+    let refused = JournalLock::of_segment(&segment).unwrap_err();
+    assert!(matches!(refused, LockError::Held { .. }));
+    for part in [
+        "VM 'ledger'",
+        &format!("process {}", std::process::id()),
+        "end that one",
+    ] {
+        assert!(refused.to_string().contains(part), "'{part}' is not in: {refused}");
+    }
+    let other = JournalLock::take(&scratch.0, "other").unwrap();
+    drop((held, other));
+    assert_eq!(
+        fs::read_dir(&scratch.0).unwrap().count(),
+        0,
+        "the files go with the locks"
+    );
+    // What a process left that was killed.
+    fs::write(scratch.0.join("ledger.lock"), "1").unwrap();
+    JournalLock::of_segment(&segment).unwrap();
+    assert!(JournalLock::of_segment(&scratch.0.join("ledger.txt")).is_err());
 }
 
 /// Found by a fuzzer: behind the last LSN there is is no further one.
