@@ -4,7 +4,13 @@ use std::ffi::OsString;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind};
 
-use crate::{config::Config, config_file, control::client::Ask, exit::Exit, inspect::Inspect};
+use crate::{
+    config::{Config, Process},
+    config_file,
+    control::client::Ask,
+    exit::Exit,
+    inspect::Inspect,
+};
 
 /// Orders, journals and replicates the log of a fault-tolerant VM, and decides with its peer who goes live.
 #[derive(Debug, Parser)]
@@ -36,7 +42,7 @@ pub enum Command {
 #[derive(Debug)]
 pub enum Asked {
     /// To be the daemon.
-    Daemon(Box<Config>),
+    Daemon(Process),
     /// Only whether the daemon would start with this configuration, which is shown.
     Check(String),
     /// Something else.
@@ -64,30 +70,48 @@ impl Asked {
             .get(1)
             .is_none_or(|first| command.find_subcommand(first).is_none());
         let file = config_file::named(arguments).filter(|_| is_daemon);
-        let mut arguments = arguments.to_vec();
-        if let Some(path) = &file {
-            let options = config_file::read(path, &command, &arguments).map_err(|error| {
+        let wrong = |message: String| {
+            let place = file
+                .as_ref()
+                .map_or_else(String::new, |path| format!("{}: ", path.display()));
+            CommandLine::command().error(ErrorKind::ValueValidation, format!("{place}{message}"))
+        };
+        let vms = match &file {
+            Some(path) => config_file::read(path, &command, arguments).map_err(|error| {
                 let kind = match error {
                     config_file::FileError::Read { .. } => ErrorKind::Io,
                     _ => ErrorKind::ValueValidation,
                 };
                 CommandLine::command().error(kind, error)
+            })?,
+            None => vec![config_file::Options {
+                place: String::new(),
+                words: Vec::new(),
+            }],
+        };
+        let (mut matches, mut configs) = (Vec::new(), Vec::new());
+        for config_file::Options { place, words } in vms {
+            let mut arguments = arguments.to_vec();
+            let at = arguments.len().min(1);
+            arguments.splice(at..at, words);
+            let matched = CommandLine::command().try_get_matches_from(arguments);
+            let matched = matched.map_err(|error| match place.is_empty() {
+                true => error,
+                false => wrong(format!("{place}{}", config_file::one_line(&error))),
             })?;
-            arguments.splice(1..1, options);
+            if let Some(command) = CommandLine::from_arg_matches(&matched)?.command {
+                return Ok(Self::Command(command));
+            }
+            let config = Config::from_arg_matches(&matched)?;
+            config.check().map_err(|message| wrong(format!("{place}{message}")))?;
+            matches.push(matched);
+            configs.push(config);
         }
-        let matches = CommandLine::command().try_get_matches_from(arguments)?;
-        if let Some(command) = CommandLine::from_arg_matches(&matches)?.command {
-            return Ok(Self::Command(command));
-        }
-        let config = Config::from_arg_matches(&matches)?;
-        if let Err(message) = config.check() {
-            let place = file.map_or_else(String::new, |path| format!("{}: ", path.display()));
-            let message = format!("{place}{message}");
-            return Err(CommandLine::command().error(ErrorKind::ValueValidation, message));
-        }
-        match config.check_config {
+        let process = Process { vms: configs };
+        process.check().map_err(wrong)?;
+        match process.vms.iter().any(|config| config.check_config) {
             true => Ok(Self::Check(config_file::effective(&command, &matches))),
-            false => Ok(Self::Daemon(Box::new(config))),
+            false => Ok(Self::Daemon(process)),
         }
     }
 }
@@ -109,7 +133,7 @@ mod tests {
 
     fn config(file: &str, more: &[&str]) -> Config {
         match parse(file, more).unwrap() {
-            Asked::Daemon(config) => *config,
+            Asked::Daemon(mut process) if process.vms.len() == 1 => process.vms.remove(0),
             other => panic!("{other:?}"),
         }
     }

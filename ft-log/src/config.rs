@@ -54,6 +54,8 @@ pub enum Ack {
     Replayed,
 }
 
+/// VMs of one process.
+pub const VMS_MAX: usize = 64;
 /// Heartbeats that tell why a channel stands still, within the time it may.
 const HEARTBEATS_PER_CHANNEL_TIMEOUT: u64 = 4;
 /// The usual time that a channel may be away.
@@ -153,6 +155,52 @@ pub struct Config {
     /// Device daemons of the VM, comma separated; both hosts name them in the same order.
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "blk0,net0", value_parser = file_name)]
     pub devices: Vec<String>,
+}
+
+/// What one process does: its VMs, in the order of their names, and the one management plane that they share.
+#[derive(Clone, Debug)]
+pub struct Process {
+    /// One each.
+    pub vms: Vec<Config>,
+}
+
+impl Process {
+    /// The control socket.
+    #[must_use]
+    pub fn control(&self) -> Option<&PathBuf> {
+        self.vms.first()?.control.as_ref()
+    }
+
+    /// Where metrics are served.
+    #[must_use]
+    pub fn metrics(&self) -> Option<&MetricsAddress> {
+        self.vms.first()?.metrics.as_ref()
+    }
+
+    /// What one VM's configuration cannot see: two that want the same.
+    ///
+    /// # Errors
+    /// The tables and the key that it is about.
+    pub fn check(&self) -> Result<(), String> {
+        for (at, vm) in self.vms.iter().enumerate() {
+            for other in &self.vms[..at] {
+                let (a, b) = (&other.vm, &vm.vm);
+                if vm.socket_path == other.socket_path {
+                    let path = vm.socket_path.display();
+                    return Err(format!(
+                        "[vm.{b}] socket-path = {path}: [vm.{a}] has it too; each VM has a socket of its own"
+                    ));
+                }
+                let listens = |config: &Config| config.listen.filter(|_| !config.alone);
+                if let (Some(address), true) = (listens(vm), listens(vm) == listens(other)) {
+                    return Err(format!(
+                        "[vm.{b}] listen = {address}: [vm.{a}] has it too; each VM has an address of its own"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A name that is also used as part of a file name.

@@ -24,6 +24,14 @@ pub enum Exit {
     DamagedJournal = 8,
 }
 
+impl Exit {
+    /// The status of a process with several VMs, of which one ended with `other`: the greater one.
+    #[must_use]
+    pub fn worse(self, other: Self) -> Self {
+        if other as u8 > self as u8 { other } else { self }
+    }
+}
+
 /// Why the daemon cannot start. Each is one line that tells the operator what to do.
 #[derive(Debug, Error)]
 pub enum StartError {

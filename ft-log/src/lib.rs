@@ -10,7 +10,8 @@
 //! ```
 //! Beside the daemon, on files only: [inspect] (dump, verify, stats of a journal). In a thread of its own: [control] (status, orders, metrics).
 //!
-//! One thread, one io_uring ([uring]), one loop ([daemon]). The decisions are `ft_protocol`'s.
+//! A VM is one thread, one io_uring ([uring]), one loop ([daemon]); a process has one or many of them ([start]). The decisions are
+//! `ft_protocol`'s.
 
 pub mod arbiter;
 pub mod channel;

@@ -7,7 +7,7 @@ use std::{
 
 use ft_log::{
     cli::{Asked, Command},
-    config::Config,
+    config::Process,
     control::client,
     exit::Exit,
     inspect, start,
@@ -17,7 +17,7 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let exit = match Asked::from_command_line() {
-        Asked::Daemon(config) => daemon(*config),
+        Asked::Daemon(process) => daemon(process),
         Asked::Check(effective) => {
             print!("{effective}");
             Exit::Ordinary
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     ExitCode::from(exit as u8)
 }
 
-fn daemon(config: Config) -> Exit {
+fn daemon(process: Process) -> Exit {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -42,7 +42,7 @@ fn daemon(config: Config) -> Exit {
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
-    start::run(config).unwrap_or_else(|error| {
+    start::run(process).unwrap_or_else(|error| {
         error!("{error}");
         Exit::Environment
     })

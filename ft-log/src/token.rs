@@ -7,8 +7,8 @@ use crate::uring::{Completion, Uring};
 pub enum Token {
     /// Read of the doorbell that local clients ring.
     Doorbell,
-    /// Read of the signal descriptor.
-    Signal,
+    /// Read of the bell that is rung for an order.
+    Order,
     /// Accept on the unix socket.
     LocalAccept,
     /// Receive on a local connection, by its number.

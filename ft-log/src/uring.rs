@@ -15,12 +15,16 @@ use std::{
     rc::Rc,
 };
 
+use ft_client::events::monotonic_ns;
 use io_uring::{IoUring, opcode, squeue, types};
 
 use crate::sockaddr::RawAddress;
 
 /// Submission queue entries; completions have room for twice as many, and the kernel keeps what does not fit.
 const ENTRIES: u32 = 128;
+
+/// Completions of cancellations, which belong to no slot.
+const CANCELLATION: u64 = u64::MAX;
 
 /// What an operation works on. It belongs to the operation until its completion hands it back.
 #[derive(Debug)]
@@ -289,9 +293,38 @@ impl<T> Uring<T> {
         }
     }
 
+    /// Breaks off what is in flight and waits, until `until_ns` of the monotonic clock, for the kernel to be done with it: descriptors and
+    /// memory are free then. What it cannot break off in that time keeps them for ever.
+    ///
+    /// # Errors
+    /// As io_uring_enter(2).
+    pub fn wind_down(&mut self, until_ns: u64) -> io::Result<()> {
+        let busy: Vec<_> = (0..self.slots.len()).filter(|at| self.slots[*at].is_some()).collect();
+        for index in busy {
+            let entry = opcode::AsyncCancel::new(index as u64).build().user_data(CANCELLATION);
+            // SAFETY: the entry points to nothing.
+            while unsafe { self.ring.submission().push(&entry) }.is_err() {
+                self.enter(None)?;
+            }
+        }
+        loop {
+            while self.next_completion().is_some() {}
+            let now_ns = monotonic_ns();
+            if self.in_flight() == 0 || now_ns >= until_ns {
+                return Ok(());
+            }
+            self.enter(Some(until_ns - now_ns))?;
+        }
+    }
+
     /// The next finished operation.
     pub fn next_completion(&mut self) -> Option<Completion<T>> {
-        let entry = self.ring.completion().next()?;
+        let entry = loop {
+            let entry = self.ring.completion().next()?;
+            if entry.user_data() != CANCELLATION {
+                break entry;
+            }
+        };
         let index = entry.user_data() as usize;
         let slot = self.slots[index].take().expect("a completion belongs to an operation");
         self.free.push(index);

@@ -30,6 +30,7 @@ fn clock_ns(clock: ClockId) -> u64 {
 #[derive(Debug)]
 pub struct Events {
     source: &'static str,
+    vm: Option<String>,
     file: Option<File>,
 }
 
@@ -42,15 +43,26 @@ impl Events {
         let file = path
             .map(|path| File::options().create(true).append(true).open(path))
             .transpose()?;
-        Ok(Self { source, file })
+        let vm = None;
+        Ok(Self { source, vm, file })
     }
 
-    /// Appends `{"t_ns", "source", "event", ...fields}`; `fields` must be a JSON object. A full disk loses events, never the VM.
+    /// Every event says which VM it is about: a process may have several.
+    #[must_use]
+    pub fn about(self, vm: &str) -> Self {
+        let vm = Some(vm.into());
+        Self { vm, ..self }
+    }
+
+    /// Appends `{"t_ns", "source", "vm", "event", ...fields}`; `fields` must be a JSON object. A full disk loses events, never the VM.
     pub fn emit(&mut self, event: &str, fields: Value) {
         let Some(file) = &mut self.file else { return };
         let mut object = Map::new();
         object.insert("t_ns".into(), json!(monotonic_ns()));
         object.insert("source".into(), json!(self.source));
+        if let Some(vm) = &self.vm {
+            object.insert("vm".into(), json!(vm));
+        }
         object.insert("event".into(), json!(event));
         if let Value::Object(fields) = fields {
             object.extend(fields);

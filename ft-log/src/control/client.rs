@@ -22,20 +22,20 @@ const ANSWER_BYTES_MAX: u64 = 16 * 1024 * 1024;
 #[derive(Clone, Debug, Subcommand)]
 pub enum Ask {
     /// Show role, generation, LSNs, lag, peer, journal and arbiter of a running ft-log.
-    Status(Where),
+    Status(OfVm),
     /// List the VMs of a running ft-log.
     List(Where),
     /// Let the journal go on with a new segment.
-    Rotate(Where),
-    /// End a running ft-log, as SIGTERM does.
-    Stop(Where),
+    Rotate(OfVm),
+    /// End a running ft-log, as SIGTERM does; with --vm, one VM of it.
+    Stop(OfVm),
     /// List the journal's segments.
-    Segments(Where),
+    Segments(OfVm),
     /// Show entries of a segment, as a running ft-log reads them.
     Entries {
-        /// Which daemon.
+        /// Of which VM.
         #[command(flatten)]
-        at: Where,
+        of: OfVm,
         /// Generation of the segment.
         #[arg(long, value_name = "NUMBER", default_value_t = 1)]
         generation: u32,
@@ -62,6 +62,16 @@ pub struct Where {
     json: bool,
 }
 
+/// Which VM of which daemon.
+#[derive(Clone, Debug, Args)]
+pub struct OfVm {
+    #[command(flatten)]
+    at: Where,
+    /// Which VM, where the daemon has several.
+    #[arg(long, value_name = "NAME")]
+    vm: Option<String>,
+}
+
 /// Why there is no answer.
 #[derive(Debug, Error)]
 pub enum AskError {
@@ -84,13 +94,13 @@ pub enum AskError {
 /// [`AskError`].
 pub fn run(ask: &Ask, out: &mut dyn Write) -> Result<(), AskError> {
     let (at, request) = match ask {
-        Ask::Status(at) => (at, Request::Status {}),
+        Ask::Status(of) => (&of.at, Request::Status { vm: of.vm.clone() }),
         Ask::List(at) => (at, Request::List {}),
-        Ask::Rotate(at) => (at, Request::Rotate {}),
-        Ask::Stop(at) => (at, Request::Stop {}),
-        Ask::Segments(at) => (at, Request::Segments {}),
+        Ask::Rotate(of) => (&of.at, Request::Rotate { vm: of.vm.clone() }),
+        Ask::Stop(of) => (&of.at, Request::Stop { vm: of.vm.clone() }),
+        Ask::Segments(of) => (&of.at, Request::Segments { vm: of.vm.clone() }),
         Ask::Entries {
-            at,
+            of,
             generation,
             segment,
             from,
@@ -98,12 +108,13 @@ pub fn run(ask: &Ask, out: &mut dyn Write) -> Result<(), AskError> {
         } => {
             let (generation, segment, from, limit) = (*generation, *segment, *from, *limit);
             let request = Request::Entries {
+                vm: of.vm.clone(),
                 generation,
                 segment,
                 from,
                 limit,
             };
-            (at, request)
+            (&of.at, request)
         }
     };
     let failed = |source| AskError::Io {
@@ -113,6 +124,18 @@ pub fn run(ask: &Ask, out: &mut dyn Write) -> Result<(), AskError> {
     match exchange(&at.control, &request).map_err(failed)? {
         Answer::Error(reason) => Err(AskError::Refused(reason)),
         Answer::Ok(value) if at.json => writeln!(out, "{value}").map_err(failed),
+        Answer::Ok(Value::Array(vms)) if matches!(ask, Ask::Status(_)) => {
+            // One paragraph a VM.
+            let mut shown = vms.iter().enumerate();
+            shown
+                .try_for_each(|(at, vm)| {
+                    if at > 0 {
+                        writeln!(out)?;
+                    }
+                    show(vm, "", out)
+                })
+                .map_err(failed)
+        }
         Answer::Ok(value) => show(&value, "", out).map_err(failed),
     }
 }

@@ -1,8 +1,7 @@
-//! `GET /metrics` in Prometheus' text format (OpenMetrics), from the shared figures.
+//! `GET /metrics` in Prometheus' text format (OpenMetrics), from the shared figures of every VM.
 
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, sync::Arc};
 
-use ft_protocol::Role;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric, text},
@@ -10,7 +9,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::shared::{ROLES, Shared, lag};
+use super::shared::{Figures, JournalState, ROLES, Shared};
 
 /// Where metrics are served.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,93 +46,113 @@ impl fmt::Display for MetricsAddress {
     }
 }
 
+/// A figure of one VM.
+type Figure = fn(&Shared, &Figures) -> u64;
+
+/// What goes up and down.
+const GAUGES: [(&str, &str, Figure); 13] = [
+    ("generation", "Generation of the pair, 0 before pairing", |_, now| {
+        now.generation.into()
+    }),
+    ("last_lsn", "Last entry appended or received", |_, now| now.last),
+    (
+        "committed_lsn",
+        "Last entry whose outputs may leave, at most last_lsn",
+        |_, now| now.committed.min(now.last),
+    ),
+    (
+        "replayed_lsn",
+        "Last entry that the local shim has replayed",
+        |_, now| now.consumed,
+    ),
+    (
+        "lag_entries",
+        "Entries not committed (primary) or not replayed (backup)",
+        |vm, now| now.lag(vm.identity.side),
+    ),
+    (
+        "channel_up",
+        "1 while the logging channel is in use: connected, and both sides said hello",
+        |_, now| now.channel_up.into(),
+    ),
+    (
+        "arbiter_unreachable",
+        "1 if the arbiter did not answer when it was last asked",
+        |_, now| now.arbiter_unreachable.into(),
+    ),
+    (
+        "journal_failed",
+        "1 if the journal broke before its generation was over",
+        |_, now| (now.journal == JournalState::Failed).into(),
+    ),
+    ("journal_segment", "Number of the current segment", |_, now| now.segment),
+    ("journal_segment_bytes", "Bytes of the current segment", |_, now| {
+        now.segment_bytes
+    }),
+    ("journal_waiting_bytes", "Bytes that wait for the disk", |_, now| {
+        now.journal_waiting_bytes
+    }),
+    (
+        "ended",
+        "1 if this side of the VM is over while the process goes on",
+        |vm, _| vm.ended().is_some().into(),
+    ),
+    (
+        "exit_status",
+        "Status that this side of the VM ended with, 0 while it has not",
+        |vm, _| vm.ended().map_or(0, |ended| ended.exit as u64),
+    ),
+];
+
+/// What only grows.
+const COUNTERS: [(&str, &str, Figure); 3] = [
+    ("entries", "Log entries since the start", |_, now| now.entries),
+    ("bytes", "Bytes of log entries since the start", |_, now| now.bytes),
+    (
+        "datagrams_ignored",
+        "Datagrams that were no heartbeats of the peer",
+        |_, now| now.datagrams_ignored,
+    ),
+];
+
 #[derive(Debug)]
-struct Source(Arc<Shared>);
+struct Source(Vec<Arc<Shared>>);
 
 impl Collector for Source {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
-        let now = self.0.figures();
-        let is_follower = matches!(now.role, Role::Replaying | Role::GoingLive);
+        let all: Vec<_> = self.0.iter().map(|vm| (vm.as_ref(), vm.figures())).collect();
+        let name = |vm: &Shared| vm.identity.vm.clone();
         let mut roles =
             encoder.encode_descriptor("role", "1 for the role that this side has", None, MetricType::Gauge)?;
-        for (role, name) in ROLES {
-            let metric = ConstGauge::new(i64::from(role == now.role));
-            metric.encode(roles.encode_family(&[("role", name)])?)?;
+        for (vm, now) in &all {
+            for (role, role_name) in ROLES {
+                let metric = ConstGauge::new(i64::from(role == now.role));
+                let labels = [("vm", name(vm)), ("role", role_name.to_owned())];
+                metric.encode(roles.encode_family(&labels)?)?;
+            }
         }
-        for (name, help, value) in [
-            (
-                "generation",
-                "Generation of the pair, 0 before pairing",
-                now.generation.into(),
-            ),
-            ("last_lsn", "Last entry appended or received", now.last),
-            (
-                "committed_lsn",
-                "Last entry whose outputs may leave, at most last_lsn",
-                now.committed.min(now.last),
-            ),
-            (
-                "replayed_lsn",
-                "Last entry that the local shim has replayed",
-                now.consumed,
-            ),
-            (
-                "lag_entries",
-                "Entries not committed (primary) or not replayed (backup)",
-                lag(&now, is_follower),
-            ),
-            (
-                "channel_up",
-                "1 while the logging channel is connected",
-                now.channel_up.into(),
-            ),
-            (
-                "arbiter_unreachable",
-                "1 if the arbiter did not answer when it was last asked",
-                now.arbiter_unreachable.into(),
-            ),
-            (
-                "journal_failed",
-                "1 if the journal broke before its generation was over",
-                (now.journal == super::shared::JournalState::Failed).into(),
-            ),
-            ("journal_segment", "Number of the current segment", now.segment),
-            (
-                "journal_segment_bytes",
-                "Bytes of the current segment",
-                now.segment_bytes,
-            ),
-            (
-                "journal_waiting_bytes",
-                "Bytes that wait for the disk",
-                now.journal_waiting_bytes,
-            ),
-        ] {
-            let metric = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
-            metric.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+        for (figure, help, value) in GAUGES {
+            let mut family = encoder.encode_descriptor(figure, help, None, MetricType::Gauge)?;
+            for (vm, now) in &all {
+                let metric = ConstGauge::new(i64::try_from(value(vm, now)).unwrap_or(i64::MAX));
+                metric.encode(family.encode_family(&[("vm", name(vm))])?)?;
+            }
         }
-        for (name, help, value) in [
-            ("entries", "Log entries since the start", now.entries),
-            ("bytes", "Bytes of log entries since the start", now.bytes),
-            (
-                "datagrams_ignored",
-                "Datagrams that were no heartbeats of the peer",
-                now.datagrams_ignored,
-            ),
-        ] {
-            let metric = ConstCounter::new(value);
-            metric.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
+        for (figure, help, value) in COUNTERS {
+            let mut family = encoder.encode_descriptor(figure, help, None, MetricType::Counter)?;
+            for (vm, now) in &all {
+                let metric = ConstCounter::new(value(vm, now));
+                metric.encode(family.encode_family(&[("vm", name(vm))])?)?;
+            }
         }
         Ok(())
     }
 }
 
 /// What is served.
-pub(super) fn registry(shared: Arc<Shared>) -> Registry {
-    let vm = shared.identity.vm.clone();
-    let labels = [("vm".into(), vm.into())].into_iter();
-    let mut registry = Registry::with_prefix_and_labels("ft_log", labels);
-    registry.register_collector(Box::new(Source(shared)));
+pub(super) fn registry(vms: Vec<Arc<Shared>>) -> Registry {
+    let mut registry = Registry::with_prefix("ft_log");
+    registry.register_collector(Box::new(Source(vms)));
     registry
 }
 

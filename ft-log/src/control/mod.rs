@@ -1,9 +1,9 @@
-//! The management plane: JSON over a unix socket, metrics for Prometheus. It has a thread and an io_uring of its own (tokio-uring), so
-//! that nothing here can hold up the log.
+//! The management plane of all VMs of the process: JSON over a unix socket, metrics for Prometheus. It has a thread and an io_uring of its
+//! own (tokio-uring), so that nothing here can hold up the log.
 //!
 //! ```text
-//!  daemon's thread ──relaxed stores──► [shared] ◄──loads── [server] ◄── JSON lines ── [client]: ft-log status, rotate, ...
-//!         ▲  doorbell, if there is an order ─┘               │  └── [archive]: entries of old segments
+//!  a VM's thread  ──relaxed stores──► [shared] ◄──loads── [server] ◄── JSON lines ── [client]: ft-log status, rotate, ...
+//!         ▲  bell, if there is an order ─────┘               │  └── [archive]: entries of old segments
 //!         └── orders: flags ◄────────────────────────────────┘  [metrics] ◄── HTTP ── Prometheus
 //! ```
 

@@ -17,18 +17,37 @@ pub const ENTRIES_MAX: usize = 1000;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
-    /// Role, generation, LSNs, lag, peer, journal, arbiter.
-    Status {},
+    /// Role, generation, LSNs, lag, peer, journal, arbiter; of every VM, if there are several and none is named.
+    Status {
+        /// Which VM; may be left out where there is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<String>,
+    },
     /// The VMs of this process.
     List {},
     /// Go on with a new journal segment at the next entry.
-    Rotate {},
-    /// End this side as SIGTERM does.
-    Stop {},
+    Rotate {
+        /// Which VM; may be left out where there is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<String>,
+    },
+    /// End one VM's side, or without a name the process, as SIGTERM does.
+    Stop {
+        /// Which VM; may be left out where there is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<String>,
+    },
     /// The journal's segments on disk.
-    Segments {},
+    Segments {
+        /// Which VM; may be left out where there is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<String>,
+    },
     /// Entries of a segment on disk.
     Entries {
+        /// Which VM; may be left out where there is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<String>,
         /// Its generation.
         generation: u32,
         /// Its number.

@@ -13,7 +13,7 @@ use std::{
 
 use ft_protocol::Generation;
 use prometheus_client::registry::Registry;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio_uring::net::{TcpStream, UnixStream};
 use tracing::warn;
@@ -22,11 +22,15 @@ use super::{
     archive,
     metrics::{self, MetricsAddress},
     protocol::{Answer, REQUEST_BYTES_MAX, Request},
-    shared::{Shared, role_name},
+    shared::{Shared, StoppedBy, role_name},
 };
 
-/// Connections at a time, of either kind.
-const CONNECTIONS_MAX: usize = 16;
+/// Connections to the control socket at a time.
+const ORDERS_MAX: usize = 16;
+/// Connections for metrics at a time: a crowd of them keeps no operator out.
+const SCRAPES_MAX: usize = 8;
+/// Submission queue entries of the management plane.
+const RING_ENTRIES: u32 = 64;
 /// A connection that says nothing for so long is closed.
 const IDLE: Duration = Duration::from_secs(60);
 /// After an error of accept that may go away by itself, such as too many open files.
@@ -60,15 +64,15 @@ impl Control {
         self.socket.as_deref().into_iter().chain(metrics)
     }
 
-    /// Listens, and starts the threads.
+    /// Listens for all of `vms`, and starts the threads.
     ///
     /// # Errors
     /// What it cannot listen on.
-    pub fn start(self, shared: Arc<Shared>) -> Result<(), ListenError> {
+    pub fn start(self, vms: Vec<Arc<Shared>>) -> Result<(), ListenError> {
         if self.socket.is_none() && self.metrics.is_none() {
             return Ok(());
         }
-        let (accepted, connections) = channel(CONNECTIONS_MAX);
+        let (accepted, connections) = channel(ORDERS_MAX + SCRAPES_MAX);
         if let Some(path) = &self.socket {
             let listener = private_socket(path)?;
             let accept = move || listener.accept().map(|(stream, _)| Connection::Orders(stream));
@@ -90,8 +94,21 @@ impl Control {
                 accept_on(accept, accepted)?;
             }
         }
+        // The runtime belongs to its thread, and what it needs of the kernel may be missing.
+        let (started, is_started) = std::sync::mpsc::sync_channel(1);
         thread("ft-log-control", move || {
-            tokio_uring::builder().entries(64).start(serve(connections, shared));
+            match tokio_uring::Runtime::new(tokio_uring::builder().entries(RING_ENTRIES)) {
+                Ok(runtime) => {
+                    let _ = started.send(Ok(()));
+                    runtime.block_on(serve(connections, vms));
+                }
+                Err(error) => drop(started.send(Err(error))),
+            }
+        })?;
+        let gone = |_| Err(io::Error::other("its thread ended"));
+        is_started.recv().unwrap_or_else(gone).map_err(|source| ListenError {
+            address: "the management plane's io_uring".into(),
+            source,
         })
     }
 }
@@ -187,9 +204,9 @@ impl Stream {
 struct Seat(Rc<Cell<usize>>);
 
 impl Seat {
-    fn take(taken: &Rc<Cell<usize>>) -> Option<Self> {
+    fn take(taken: &Rc<Cell<usize>>, most: usize) -> Option<Self> {
         let count = taken.get();
-        (count < CONNECTIONS_MAX).then(|| {
+        (count < most).then(|| {
             taken.set(count + 1);
             Self(Rc::clone(taken))
         })
@@ -202,20 +219,25 @@ impl Drop for Seat {
     }
 }
 
-async fn serve(mut connections: Receiver<Connection>, shared: Arc<Shared>) {
-    let taken = Rc::new(Cell::new(0));
-    let registry = Rc::new(metrics::registry(Arc::clone(&shared)));
+async fn serve(mut connections: Receiver<Connection>, vms: Vec<Arc<Shared>>) {
+    let (orders, scrapes) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(0)));
+    let registry = Rc::new(metrics::registry(vms.clone()));
+    let vms: Rc<[_]> = vms.into();
     while let Some(connection) = connections.recv().await {
         let is_orders = matches!(connection, Connection::Orders(_));
         let stream = match connection {
             Connection::Orders(stream) | Connection::UnixMetrics(stream) => Stream::Unix(UnixStream::from_std(stream)),
             Connection::TcpMetrics(stream) => Stream::Tcp(TcpStream::from_std(stream)),
         };
-        let (seat, shared, registry) = (Seat::take(&taken), Arc::clone(&shared), Rc::clone(&registry));
+        let seat = match is_orders {
+            true => Seat::take(&orders, ORDERS_MAX),
+            false => Seat::take(&scrapes, SCRAPES_MAX),
+        };
+        let (vms, registry) = (Rc::clone(&vms), Rc::clone(&registry));
         tokio_uring::spawn(async move {
             match seat {
                 None => drop(stream.write(line(&Answer::Error("too many connections".into()))).await),
-                Some(seat) if is_orders => serve_orders(&stream, &shared, seat).await,
+                Some(seat) if is_orders => serve_orders(&stream, &vms, seat).await,
                 Some(seat) => serve_metrics(&stream, &registry, seat).await,
             }
         });
@@ -232,12 +254,12 @@ async fn serve_metrics(stream: &Stream, registry: &Registry, _seat: Seat) {
     stream.write(metrics::respond(&request, registry)).await;
 }
 
-async fn serve_orders(stream: &Stream, shared: &Shared, _seat: Seat) {
+async fn serve_orders(stream: &Stream, vms: &[Arc<Shared>], _seat: Seat) {
     let mut bytes = Vec::new();
     loop {
         while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
             let answer = match serde_json::from_slice(&bytes[..end]) {
-                Ok(request) => answer(request, shared).await,
+                Ok(request) => answer(request, vms).await.map_or_else(Answer::Error, Answer::Ok),
                 Err(error) => Answer::Error(format!("this is no request: {error}")),
             };
             bytes.drain(..=end);
@@ -262,43 +284,71 @@ fn line(answer: &Answer) -> String {
     line
 }
 
-async fn answer(request: Request, shared: &Shared) -> Answer {
-    let identity = &shared.identity;
-    let journal = || {
-        identity
-            .journal
-            .as_deref()
-            .ok_or("this side keeps no journal (--journal)".to_owned())
+/// The VM that is meant.
+fn named<'a>(vms: &'a [Arc<Shared>], vm: Option<&str>) -> Result<&'a Shared, String> {
+    let names = || {
+        let names: Vec<_> = vms.iter().map(|vm| vm.identity.vm.as_str()).collect();
+        names.join(", ")
     };
-    let answered = match request {
-        Request::Status {} => Ok(shared.status()),
-        Request::List {} => {
-            let now = shared.figures();
-            Ok(json!([{ "vm": identity.vm, "role": role_name(now.role), "generation": now.generation }]))
+    match (vm, vms) {
+        (None, [only]) => Ok(only),
+        (None, _) => Err(format!("say which VM (--vm); there are: {}", names())),
+        (Some(name), _) => {
+            let found = vms.iter().find(|vm| vm.identity.vm == name);
+            let found = found.map(Arc::as_ref);
+            found.ok_or_else(|| format!("there is no VM '{name}' here; there are: {}", names()))
         }
-        Request::Rotate {} => journal().map(|_| {
-            shared.order_rotate();
-            json!("a new segment begins with the next entry")
-        }),
-        Request::Stop {} => {
-            shared.order_stop();
+    }
+}
+
+fn journal_of(vm: &Shared) -> Result<&Path, String> {
+    let journal = vm.identity.journal.as_deref();
+    journal.ok_or_else(|| "this side keeps no journal (--journal)".into())
+}
+
+async fn answer(request: Request, vms: &[Arc<Shared>]) -> Result<Value, String> {
+    match request {
+        Request::Status { vm: None } if vms.len() > 1 => Ok(vms.iter().map(|vm| vm.status()).collect()),
+        Request::Status { vm } => Ok(named(vms, vm.as_deref())?.status()),
+        Request::List {} => {
+            let show = |vm: &Arc<Shared>| {
+                let now = vm.figures();
+                json!({ "vm": vm.identity.vm, "role": role_name(now.role), "generation": now.generation })
+            };
+            Ok(vms.iter().map(show).collect())
+        }
+        Request::Rotate { vm } => {
+            let vm = named(vms, vm.as_deref())?;
+            journal_of(vm)?;
+            vm.order_rotate()?;
+            Ok(json!("a new segment begins with the next entry"))
+        }
+        Request::Stop { vm: None } => {
+            vms.iter().for_each(|vm| vm.order_stop(StoppedBy::Control));
             Ok(json!("stopping"))
         }
-        Request::Segments {} => journal().and_then(|directory| archive::segments(directory, &identity.vm)),
+        Request::Stop { vm } => {
+            let vm = named(vms, vm.as_deref())?;
+            if let Some(ended) = vm.ended() {
+                return Err(format!("VM '{}' is over already: {}", vm.identity.vm, ended.reason));
+            }
+            vm.order_stop(StoppedBy::Control);
+            Ok(json!("stopping"))
+        }
+        Request::Segments { vm } => {
+            let vm = named(vms, vm.as_deref())?;
+            archive::segments(journal_of(vm)?, &vm.identity.vm)
+        }
         Request::Entries {
+            vm,
             generation,
             segment,
             from,
             limit,
-        } => match journal() {
-            Ok(directory) => {
-                archive::entries(directory, &identity.vm, Generation(generation), segment, from, limit).await
-            }
-            Err(reason) => Err(reason),
-        },
-    };
-    match answered {
-        Ok(value) => Answer::Ok(value),
-        Err(reason) => Answer::Error(reason),
+        } => {
+            let vm = named(vms, vm.as_deref())?;
+            let directory = journal_of(vm)?;
+            archive::entries(directory, &vm.identity.vm, Generation(generation), segment, from, limit).await
+        }
     }
 }

@@ -1,24 +1,27 @@
-//! What the daemon's thread and the management plane share: figures one way, orders the other. Atomics only, so that neither waits.
+//! What a VM's thread and the management plane share: figures one way, orders the other. Atomics only, so that neither waits.
 
 use std::{
+    io,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     sync::{
         OnceLock,
         atomic::{
-            AtomicBool, AtomicU64,
-            Ordering::{Acquire, Relaxed, Release},
+            AtomicBool, AtomicU8, AtomicU64,
+            Ordering::{AcqRel, Relaxed, Release},
         },
     },
 };
 
 use ft_client::events::monotonic_ns;
 use ft_protocol::Role;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde_json::{Value, json};
 
 use crate::{
     arbiter::ArbiterAddress,
     config::{Config, Side},
+    exit::Exit,
 };
 
 /// Every role, in the order of the numbers that stand for them here.
@@ -74,7 +77,7 @@ pub struct Figures {
     pub entries: u64,
     /// Bytes of them.
     pub bytes: u64,
-    /// Whether the logging channel is connected.
+    /// Whether the logging channel is connected and both sides said hello on it.
     pub channel_up: bool,
     /// Datagrams that were no heartbeats of the peer.
     pub datagrams_ignored: u64,
@@ -90,6 +93,48 @@ pub struct Figures {
     pub journal_waiting_bytes: u64,
 }
 
+impl Figures {
+    /// Whether this side replays what another one recorded: it consumes, where the other one commits.
+    pub(crate) fn is_follower(&self, side: Side) -> bool {
+        matches!(self.role, Role::Replaying | Role::GoingLive) || self.role == Role::Arbitrating && side == Side::Backup
+    }
+
+    /// Entries that are not committed (primary), or not replayed (backup).
+    pub(crate) fn lag(&self, side: Side) -> u64 {
+        let done = if self.is_follower(side) {
+            self.consumed
+        } else {
+            self.committed
+        };
+        self.last.saturating_sub(done)
+    }
+}
+
+/// Who ended a VM's side in good order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoppedBy {
+    /// SIGTERM or SIGINT to the process.
+    Signal,
+    /// An order over the control socket.
+    Control,
+}
+
+/// What the operator ordered since the last look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Orders {
+    /// To begin a new segment of the journal.
+    pub rotate: bool,
+    /// To end this side.
+    pub stop: Option<StoppedBy>,
+}
+
+/// How a VM's side ended while its process goes on for others.
+#[derive(Clone, Debug)]
+pub(crate) struct Ended {
+    pub(crate) exit: Exit,
+    pub(crate) reason: String,
+}
+
 /// What does not change while the daemon runs.
 #[derive(Clone, Debug)]
 pub(crate) struct Identity {
@@ -102,25 +147,30 @@ pub(crate) struct Identity {
     started_ns: u64,
 }
 
-/// The shared part.
+/// The shared part of one VM.
 #[derive(Debug)]
 pub struct Shared {
     pub(crate) identity: Identity,
     numbers: [AtomicU64; NUMBERS],
+    is_up: AtomicBool,
+    ended: OnceLock<Ended>,
     rotate: AtomicBool,
-    stop: AtomicBool,
-    has_orders: AtomicBool,
-    doorbell: OnceLock<OwnedFd>,
+    /// 0, or 1 + [`StoppedBy`].
+    stop: AtomicU8,
+    /// Rung for an order. Nobody but this process has it: a local client cannot take an order away.
+    bell: EventFd,
 }
 
 /// Places of the figures.
 const NUMBERS: usize = 14;
 
 impl Shared {
-    /// Of a daemon that is about to start.
-    #[must_use]
-    pub fn new(config: &Config) -> Self {
-        Self {
+    /// Of a VM that is about to start.
+    ///
+    /// # Errors
+    /// When the kernel has no descriptor for it.
+    pub fn new(config: &Config) -> io::Result<Self> {
+        Ok(Self {
             identity: Identity {
                 vm: config.vm.clone(),
                 host: config.host(),
@@ -131,16 +181,29 @@ impl Shared {
                 started_ns: monotonic_ns(),
             },
             numbers: Default::default(),
+            is_up: AtomicBool::new(false),
+            ended: OnceLock::new(),
             rotate: AtomicBool::new(false),
-            stop: AtomicBool::new(false),
-            has_orders: AtomicBool::new(false),
-            doorbell: OnceLock::new(),
-        }
+            stop: AtomicU8::new(0),
+            bell: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
+        })
     }
 
-    /// Where the daemon is woken: the doorbell that its local clients ring too.
-    pub fn set_doorbell(&self, doorbell: OwnedFd) {
-        let _ = self.doorbell.set(doorbell);
+    /// The VM is up: its local processes can join.
+    pub(crate) fn set_up(&self) {
+        self.is_up.store(true, Relaxed);
+    }
+
+    pub(crate) fn is_up(&self) -> bool {
+        self.is_up.load(Relaxed)
+    }
+
+    pub(crate) fn set_ended(&self, exit: Exit, reason: String) {
+        let _ = self.ended.set(Ended { exit, reason });
+    }
+
+    pub(crate) fn ended(&self) -> Option<&Ended> {
+        self.ended.get()
     }
 
     // ---- the daemon's side -------------------------------------------------------------------------------------------
@@ -171,12 +234,24 @@ impl Shared {
             .for_each(|(place, number)| place.store(number, Relaxed));
     }
 
-    /// Orders since the last look: whether to begin a new segment, whether to stop.
-    pub fn take_orders(&self) -> (bool, bool) {
-        if !self.has_orders.swap(false, Acquire) {
-            return (false, false);
+    /// What a read gives that ends when there is an order.
+    ///
+    /// # Errors
+    /// As dup(2).
+    pub fn bell(&self) -> io::Result<OwnedFd> {
+        self.bell.as_fd().try_clone_to_owned()
+    }
+
+    /// Orders since the last look.
+    pub fn take_orders(&self) -> Orders {
+        Orders {
+            rotate: self.rotate.swap(false, AcqRel),
+            stop: match self.stop.swap(0, AcqRel) {
+                0 => None,
+                1 => Some(StoppedBy::Signal),
+                _ => Some(StoppedBy::Control),
+            },
         }
-        (self.rotate.swap(false, Relaxed), self.stop.swap(false, Relaxed))
     }
 
     // ---- the management plane's side ---------------------------------------------------------------------------------
@@ -201,35 +276,46 @@ impl Shared {
         }
     }
 
-    pub(crate) fn order_rotate(&self) {
-        self.rotate.store(true, Relaxed);
-        self.order();
-    }
-
-    pub(crate) fn order_stop(&self) {
-        self.stop.store(true, Relaxed);
-        self.order();
-    }
-
-    fn order(&self) {
-        self.has_orders.store(true, Release);
-        if let Some(doorbell) = self.doorbell.get() {
-            // An eventfd that is full is rung already.
-            let _ = nix::unistd::write(doorbell.as_fd(), &1u64.to_ne_bytes());
+    /// Lets the journal go on with a new segment; says why it cannot.
+    pub(crate) fn order_rotate(&self) -> Result<(), &'static str> {
+        match self.figures().journal {
+            JournalState::Open => {}
+            JournalState::Idle => return Err("the journal has not begun: it does when the pair is complete"),
+            JournalState::Ended => return Err("the journal has ended with its generation"),
+            JournalState::Failed => return Err("the journal has failed, as the log says: nothing is written any more"),
         }
+        self.rotate.store(true, Release);
+        self.ring();
+        Ok(())
+    }
+
+    pub(crate) fn order_stop(&self, by: StoppedBy) {
+        self.stop.store(1 + by as u8, Release);
+        self.ring();
+    }
+
+    fn ring(&self) {
+        // An eventfd that cannot take more is rung already.
+        let _ = self.bell.write(1);
     }
 
     /// Everything, for people and scripts.
     pub(crate) fn status(&self) -> Value {
         let (identity, now) = (&self.identity, self.figures());
-        let is_follower = matches!(now.role, Role::Replaying | Role::GoingLive)
-            || now.role == Role::Arbitrating && identity.side == Side::Backup;
+        let is_follower = now.is_follower(identity.side);
+        let state = match (self.ended(), self.is_up()) {
+            (Some(_), _) => "ended",
+            (None, true) => "running",
+            (None, false) => "starting",
+        };
         let committed = match now.committed {
             u64::MAX => json!("all"),
             lsn => json!(lsn),
         };
         json!({
             "vm": identity.vm,
+            "state": state,
+            "ended": self.ended().map(|ended| json!({ "status": ended.exit as u8, "reason": ended.reason })),
             "host": identity.host,
             "side": match identity.side { Side::Primary => "primary", Side::Backup => "backup" },
             "role": role_name(now.role),
@@ -237,7 +323,7 @@ impl Shared {
             "last_lsn": now.last,
             "committed_lsn": committed,
             "replayed_lsn": is_follower.then_some(now.consumed),
-            "lag_entries": lag(&now, is_follower),
+            "lag_entries": now.lag(identity.side),
             "entries": now.entries,
             "bytes": now.bytes,
             "peer": identity.peer.map(|peer| peer.to_string()),
@@ -257,12 +343,6 @@ impl Shared {
             "uptime_ms": (monotonic_ns() - identity.started_ns) / 1_000_000,
         })
     }
-}
-
-/// Entries that are not committed (primary), or not replayed (backup).
-pub(crate) fn lag(now: &Figures, is_follower: bool) -> u64 {
-    now.last
-        .saturating_sub(if is_follower { now.consumed } else { now.committed })
 }
 
 pub(crate) fn role_name(role: Role) -> &'static str {

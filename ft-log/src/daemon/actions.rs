@@ -88,11 +88,13 @@ impl Daemon {
             Action::Halt { reason } => {
                 error!("halted: {reason}");
                 self.events.emit("halted", json!({ "reason": reason }));
+                self.reason = reason;
                 self.end(exit)?;
             }
             Action::Finish => {
                 info!("the guest powered off");
                 self.events.emit("power_off", json!({}));
+                self.reason = "the guest powered off".into();
                 self.end(Exit::Ordinary)?;
             }
         }

@@ -6,7 +6,7 @@
 //!   │   deadlines ─────────────────────────────────────┘                        │
 //!   └── enter: submit everything, wait if there was nothing ◄── flush ◄─────────┘
 //! ```
-//! One thread owns all of this. It spins for microseconds after work and sleeps in io_uring_enter otherwise. Three things are
+//! One thread a VM owns all of this. It spins for microseconds after work and sleeps in io_uring_enter otherwise. Three things are
 //! plain system calls because they are done at once: ringing an eventfd, waking the shim, and lines for people (log, events).
 
 mod actions;
@@ -49,8 +49,10 @@ const SPINS: u32 = 100;
 const FULL_RETRY_NS: u64 = 1_000_000;
 /// Between two looks at a replay that trails.
 const REPLAY_LOOK_NS: u64 = 10_000_000;
-/// struct signalfd_siginfo.
-const SIGNAL_BYTES: usize = 128;
+/// Bytes of an eventfd's counter.
+const BELL_BYTES: usize = 8;
+/// How long the end of a side waits for operations that the kernel cannot break off, such as a flush on a dead disk.
+const WIND_DOWN_NS: u64 = 1_000_000_000;
 
 /// What the daemon is made of.
 #[derive(Debug)]
@@ -59,8 +61,6 @@ pub struct Parts {
     pub ring: Ring,
     /// Where events go.
     pub events: Events,
-    /// signalfd of SIGTERM and SIGINT.
-    pub signals: OwnedFd,
     /// Listening unix socket.
     pub socket: OwnedFd,
     /// Backup: listening TCP socket.
@@ -85,13 +85,22 @@ struct Ending {
     until_ns: u64,
 }
 
-/// The daemon.
+/// How a side ended.
+#[derive(Clone, Debug)]
+pub struct Over {
+    /// The status for the operator.
+    pub exit: Exit,
+    /// Why.
+    pub reason: String,
+}
+
+/// The daemon of one VM.
 #[derive(Debug)]
 pub struct Daemon {
     config: Config,
     ring: Ring,
     events: Events,
-    signals: Rc<OwnedFd>,
+    order_bell: Rc<OwnedFd>,
     doorbell: Rc<OwnedFd>,
     clients: Clients,
     heartbeats: Option<Heartbeats>,
@@ -102,6 +111,8 @@ pub struct Daemon {
     scratch: Vec<u8>,
     report_at_ns: u64,
     ending: Option<Ending>,
+    /// Why this side is over.
+    reason: String,
     shared: Arc<Shared>,
 }
 
@@ -126,7 +137,7 @@ impl Daemon {
             doorbell: Rc::new(parts.local.doorbell()?),
             ring: parts.ring,
             events: parts.events,
-            signals: Rc::new(parts.signals),
+            order_bell: Rc::new(parts.shared.bell()?),
             heartbeats: parts.heartbeats,
             vm: Vm::new(&config, parts.instance, parts.local, link, parts.arbiter),
             queue: VecDeque::new(),
@@ -135,12 +146,13 @@ impl Daemon {
             scratch: Vec::new(),
             report_at_ns: now_ns + ns(config.timers.report_interval_ms),
             ending: None,
+            reason: String::new(),
             shared: parts.shared,
             config,
         };
         daemon.clients.accept(&mut daemon.ring)?;
-        daemon.read_doorbell(vec![0; 8])?;
-        daemon.read_signals(vec![0; SIGNAL_BYTES])?;
+        daemon.read_doorbell(vec![0; BELL_BYTES])?;
+        daemon.read_order_bell(vec![0; BELL_BYTES])?;
         if let Some(heartbeats) = &mut daemon.heartbeats {
             heartbeats.receive(&mut daemon.ring)?;
         }
@@ -159,7 +171,9 @@ impl Daemon {
     ///
     /// # Errors
     /// A ring that does not work any more.
-    pub fn run(mut self) -> io::Result<Exit> {
+    pub fn run(mut self) -> io::Result<Over> {
+        // What was ordered before there was a ring to be woken by.
+        self.obey()?;
         loop {
             let mut worked = false;
             while let Some(done) = self.ring.next_completion() {
@@ -178,7 +192,11 @@ impl Daemon {
             self.show();
             if let Some(exit) = self.is_over(now_ns) {
                 self.report();
-                return Ok(exit);
+                self.show();
+                // Its sockets and its memory go now: the process may have other VMs.
+                self.ring.wind_down(monotonic_ns() + WIND_DOWN_NS)?;
+                let reason = self.reason;
+                return Ok(Over { exit, reason });
             }
             if worked {
                 if self.ring.has_queued() {
@@ -222,16 +240,11 @@ impl Daemon {
         match done.token {
             Token::Doorbell => {
                 self.read_doorbell(done.memory.into_bytes())?;
-                self.obey()?;
                 self.look_at_consumed()
             }
-            Token::Signal => {
-                let has_signal = done.result.is_ok();
-                self.read_signals(done.memory.into_bytes())?;
-                if has_signal {
-                    self.fail(Exit::Ordinary, "terminated by the operator".into())?;
-                }
-                Ok(())
+            Token::Order => {
+                self.read_order_bell(done.memory.into_bytes())?;
+                self.obey()
             }
             Token::LocalAccept => {
                 let socket = done.result.map(|_| done.descriptor);
@@ -289,9 +302,9 @@ impl Daemon {
         self.ring.submit(Token::Doorbell, read)
     }
 
-    fn read_signals(&mut self, bytes: Vec<u8>) -> io::Result<()> {
-        let read = Operation::Read(Rc::clone(&self.signals), bytes);
-        self.ring.submit(Token::Signal, read)
+    fn read_order_bell(&mut self, bytes: Vec<u8>) -> io::Result<()> {
+        let read = Operation::Read(Rc::clone(&self.order_bell), bytes);
+        self.ring.submit(Token::Order, read)
     }
 
     /// What a local client said or did.

@@ -5,7 +5,11 @@ use std::io;
 use tracing::info;
 
 use super::Daemon;
-use crate::{control::shared::Figures, exit::Exit, heartbeat::Heartbeats};
+use crate::{
+    control::shared::{Figures, Orders, StoppedBy},
+    exit::Exit,
+    heartbeat::Heartbeats,
+};
 
 impl Daemon {
     /// Shows how things are. A few relaxed stores: cheap enough for every turn of the loop.
@@ -20,7 +24,7 @@ impl Daemon {
             consumed: vm.local.region.consumed().0,
             entries: vm.counters.entries,
             bytes: vm.counters.bytes,
-            channel_up: vm.link.channel.is_some(),
+            channel_up: vm.link.channel.is_some() && replica.is_channel_open(),
             datagrams_ignored: self.heartbeats.as_ref().map_or(0, Heartbeats::ignored),
             arbiter_unreachable: vm.arbiter_trouble.is_some(),
             journal: journal.state,
@@ -30,16 +34,18 @@ impl Daemon {
         });
     }
 
-    /// Does what the operator ordered over the control socket; its order rang the doorbell.
+    /// Does what the operator ordered.
     pub(super) fn obey(&mut self) -> io::Result<()> {
-        let (rotate, stop) = self.shared.take_orders();
+        let Orders { rotate, stop } = self.shared.take_orders();
         if rotate {
             info!("the journal goes on with a new segment, as the operator ordered");
             self.vm.journal.rotate();
         }
-        if stop {
-            self.fail(Exit::Ordinary, "terminated by the operator (control socket)".into())?;
-        }
-        Ok(())
+        let reason = match stop {
+            None => return Ok(()),
+            Some(StoppedBy::Signal) => "terminated by the operator",
+            Some(StoppedBy::Control) => "terminated by the operator (control socket)",
+        };
+        self.fail(Exit::Ordinary, reason.into())
     }
 }

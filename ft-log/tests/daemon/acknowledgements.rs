@@ -46,7 +46,7 @@ fn a_backup_that_cannot_flush_what_outputs_wait_for_ends_and_the_primary_goes_on
     a.wait_role(Role::Recording);
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let (shim, devices, over) = (&mut a.shim, &mut a.devices, &over);
+        let (shim, devices, over) = (&mut a.locals.shim, &mut a.locals.devices, &over);
         let region = std::sync::Arc::clone(&shim.region);
         scope.spawn(move || {
             while !over.load(Ordering::Relaxed) {

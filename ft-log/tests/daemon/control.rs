@@ -242,3 +242,43 @@ fn a_management_plane_that_cannot_listen_is_named() {
     let (code, _, error) = ask(&world, HostId::A, &["status"]);
     assert!(code == 3 && error.contains("is ft-log running"), "{error}");
 }
+
+#[test]
+fn a_crowd_for_metrics_keeps_no_operator_out() {
+    let world = World::new();
+    let _a = start(&world, HostId::A);
+    // Every one of them has a place and says nothing; the one behind them all is refused.
+    let path = world.path("A.metrics");
+    let _crowd: Vec<_> = (0..40).map(|_| UnixStream::connect(&path).unwrap()).collect();
+    assert!(say(&path, b"GET /metrics HTTP/1.1\r\n\r\n").contains("too many connections"));
+    assert!(say(&world.path("A.control"), b"{\"command\":\"list\"}\n").contains(VM));
+}
+
+#[test]
+fn a_journal_that_takes_nothing_is_not_rotated_and_a_channel_without_a_hello_is_not_up() {
+    let world = World::new();
+    let mut a = start(&world, HostId::A);
+    let (code, _, error) = ask(&world, HostId::A, &["rotate"]);
+    assert!(code == 3 && error.contains("has not begun"), "{error}");
+    // Somebody takes the connection and the hello, and says nothing.
+    let mute = std::net::TcpListener::bind(world.address(HostId::B)).unwrap();
+    let (mut taken, _) = mute.accept().unwrap();
+    taken.read_exact(&mut [0; 24]).unwrap();
+    let status = ask_json(&world, HostId::A, &["status"]);
+    assert_eq!(
+        (&status["role"], &status["channel"]),
+        (&json!("pairing"), &json!("down"))
+    );
+    drop((taken, mute));
+    let b = start(&world, HostId::B);
+    a.wait_role(Role::Recording);
+    wait_status(&world, HostId::A, |status| status["channel"] == "up");
+    // Live without a backup: the generation is over, and its journal with it.
+    b.daemon.signal(nix::sys::signal::Signal::SIGTERM);
+    a.wait_role(Role::Live);
+    wait_status(&world, HostId::A, |status| status["journal"]["state"] == "ended");
+    let (code, _, error) = ask(&world, HostId::A, &["rotate"]);
+    assert!(code == 3 && error.contains("has ended"), "{error}");
+    a.daemon.signal(nix::sys::signal::Signal::SIGTERM);
+    assert_eq!(a.daemon.wait_code(), 0);
+}

@@ -196,7 +196,7 @@ fn a_stopped_backup_stops_the_producers_and_no_entry_is_lost() {
     // More than the rings, the backlog and the sockets hold together: the producers stand still until the backup goes on.
     let count = 60_000;
     std::thread::scope(|scope| {
-        let (shim, devices) = (&mut a.shim, &mut a.devices);
+        let (shim, devices) = (&mut a.locals.shim, &mut a.locals.devices);
         let appended = scope.spawn(move || append(shim, devices, count));
         let mut entries = Value::Null;
         loop {

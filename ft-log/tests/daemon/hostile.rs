@@ -30,7 +30,7 @@ use nix::sys::{
     },
 };
 
-use crate::world::{DEADLINE, Daemon, FINGERPRINT, Host, HostId, VM, World};
+use crate::world::{DEADLINE, Daemon, FINGERPRINT, Host, HostId, Locals, VM, World};
 
 // ---- local clients -------------------------------------------------------------------------------------------------------
 
@@ -138,8 +138,10 @@ fn misbehave(deed: impl FnOnce(&mut Raw)) -> String {
     let shim = join_shim(&path, VM, &FINGERPRINT).unwrap();
     let mut a = Host {
         daemon,
-        shim,
-        devices: vec![net],
+        locals: Locals {
+            shim,
+            devices: vec![net],
+        },
     };
     let mut b = world.host_with(HostId::B, &[]);
     a.wait_role(Role::Recording);

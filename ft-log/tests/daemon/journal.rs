@@ -156,7 +156,7 @@ fn a_full_disk_ends_the_journal_and_not_the_vm() {
     a.wait_role(Role::Recording);
     let count = 12_000;
     std::thread::scope(|scope| {
-        let (shim, devices) = (&mut a.shim, &mut a.devices);
+        let (shim, devices) = (&mut a.locals.shim, &mut a.locals.devices);
         scope.spawn(move || crate::world::append(shim, devices, count));
         b.replay_through(Lsn(1), Lsn(count));
     });

@@ -21,7 +21,7 @@ use ft_protocol::{
 };
 use nix::sys::signal::Signal;
 
-use crate::world::{Host, HostId, World};
+use crate::world::{Host, HostId, Locals, World};
 
 /// Kills of each side; `FT_LOG_KILLS` asks for more.
 const KILLS: u64 = 6;
@@ -97,8 +97,7 @@ fn kill_one(seed: u64, victim: HostId) -> Lsn {
     let (a, mut b) = world.pair_with(&[&["--ack", "durable"], patience].concat());
     let Host {
         daemon: mut primary,
-        shim,
-        devices,
+        locals: Locals { shim, devices },
     } = a;
     let region: Arc<Region> = Arc::clone(&shim.region);
     let gone = AtomicBool::new(false);

@@ -7,6 +7,7 @@ mod failover;
 mod hostile;
 mod journal;
 mod kills;
+mod many;
 mod proxy;
 mod reconnection;
 mod refusals;

@@ -49,7 +49,7 @@ fn a_channel_that_is_cut_again_and_again_under_load_costs_nothing() {
     let count = 30_000;
     let mut replayed = Vec::new();
     std::thread::scope(|scope| {
-        let (shim, devices) = (&mut a.shim, &mut a.devices);
+        let (shim, devices) = (&mut a.locals.shim, &mut a.locals.devices);
         let appended = scope.spawn(move || append(shim, devices, count));
         // A cut whenever another part of the log has been replayed.
         for part in 0..30 {

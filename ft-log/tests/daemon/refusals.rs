@@ -8,7 +8,7 @@ use std::{
 use ft_client::handshake::{JoinError, join_device, join_shim};
 use nix::sys::signal::Signal;
 
-use crate::world::{Daemon, FINGERPRINT, Host, HostId, VM, World};
+use crate::world::{Daemon, FINGERPRINT, Host, HostId, Locals, VM, World};
 
 /// Starts a daemon that must refuse to start, and gives its only line.
 fn refused(world: &World, host: HostId) -> String {
@@ -78,8 +78,10 @@ fn local_clients_that_do_not_belong_here_are_refused_and_others_join() {
     let shim = join_shim(&socket, VM, &FINGERPRINT).unwrap();
     let _complete = Host {
         daemon,
-        shim,
-        devices: vec![first, net],
+        locals: Locals {
+            shim,
+            devices: vec![first, net],
+        },
     };
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, Read},
+    ops::{Deref, DerefMut},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
@@ -301,23 +302,48 @@ impl Drop for Daemon {
     }
 }
 
-/// A daemon with its local processes.
+/// A daemon with the local processes of its one VM.
 pub(crate) struct Host {
     pub(crate) daemon: Daemon,
+    pub(crate) locals: Locals,
+}
+
+impl Host {
+    pub(crate) fn join(daemon: Daemon, socket: &Path, fingerprint: &[u8; 32]) -> Self {
+        let locals = Locals::join(socket, VM, fingerprint);
+        Self { daemon, locals }
+    }
+}
+
+impl Deref for Host {
+    type Target = Locals;
+
+    fn deref(&self) -> &Locals {
+        &self.locals
+    }
+}
+
+impl DerefMut for Host {
+    fn deref_mut(&mut self) -> &mut Locals {
+        &mut self.locals
+    }
+}
+
+/// The local processes of a VM.
+pub(crate) struct Locals {
     pub(crate) shim: ShimSession,
     pub(crate) devices: Vec<DeviceSession>,
 }
 
-impl Host {
+impl Locals {
     /// The shim and one device join before the other device: the order is free.
-    pub(crate) fn join(daemon: Daemon, socket: &Path, fingerprint: &[u8; 32]) -> Self {
-        let device = |name| join_device(socket, VM, name, fingerprint).unwrap();
+    pub(crate) fn join(socket: &Path, vm: &str, fingerprint: &[u8; 32]) -> Self {
+        let device = |name| join_device(socket, vm, name, fingerprint).unwrap();
         let blk = device("blk0");
-        let (path, digest) = (socket.to_owned(), *fingerprint);
-        let shim = std::thread::spawn(move || join_shim(&path, VM, &digest).unwrap());
+        let (path, name, digest) = (socket.to_owned(), vm.to_owned(), *fingerprint);
+        let shim = std::thread::spawn(move || join_shim(&path, &name, &digest).unwrap());
         let net = device("net0");
         Self {
-            daemon,
             shim: shim.join().unwrap(),
             devices: vec![blk, net],
         }
