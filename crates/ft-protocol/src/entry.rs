@@ -90,6 +90,24 @@ pub enum Body<'a> {
         /// The vCPU, as the shim encodes it.
         payload: &'a [u8],
     },
+    /// `device` engine: sectors of a disk have this content from here on.
+    Write {
+        /// First sector, of 512 bytes.
+        sector: u64,
+        /// Whole sectors.
+        payload: &'a [u8],
+    },
+    /// `device` engine: a range of a disk is zero from here on.
+    Zeroes {
+        /// First sector, of 512 bytes.
+        sector: u64,
+        /// Sectors.
+        sectors: u32,
+        /// The space of the range may be given back.
+        unmap: bool,
+    },
+    /// `device` engine: what the disk was told before must last.
+    Flush,
     /// The guest powered off, or reset itself. The last entry.
     PowerOff {
         /// Where.
@@ -110,6 +128,9 @@ const KIND_SYNC: u8 = 7;
 pub const KIND_POWER_OFF: u8 = 8;
 const KIND_PAGES: u8 = 9;
 const KIND_STATE: u8 = 10;
+const KIND_WRITE: u8 = 11;
+const KIND_ZEROES: u8 = 12;
+const KIND_FLUSH: u8 = 13;
 
 /// A decoded entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +160,9 @@ impl Body<'_> {
             Self::PowerOff { .. } => KIND_POWER_OFF,
             Self::Pages { .. } => KIND_PAGES,
             Self::State { .. } => KIND_STATE,
+            Self::Write { .. } => KIND_WRITE,
+            Self::Zeroes { .. } => KIND_ZEROES,
+            Self::Flush => KIND_FLUSH,
         }
     }
 
@@ -156,6 +180,9 @@ impl Body<'_> {
             Self::PowerOff { .. } => "power-off",
             Self::Pages { .. } => "pages",
             Self::State { .. } => "state",
+            Self::Write { .. } => "write",
+            Self::Zeroes { .. } => "zeroes",
+            Self::Flush => "flush",
         }
     }
 
@@ -169,6 +196,9 @@ impl Body<'_> {
             Self::PowerOff { .. } => STOP_BYTES + 1,
             Self::Pages { payload } => payload.len(),
             Self::State { payload, .. } => STOP_BYTES + payload.len(),
+            Self::Write { payload, .. } => 8 + payload.len(),
+            Self::Zeroes { .. } => 13,
+            Self::Flush => 0,
         }
     }
 
@@ -178,11 +208,16 @@ impl Body<'_> {
         HEADER_BYTES + self.body_bytes()
     }
 
-    /// Where the entry applies; `None` for those that apply wherever the next one does.
+    /// Where the entry applies; `None` for those that apply wherever the next one does, and for those of an engine without positions.
     #[must_use]
     pub fn stop(&self) -> Option<Stop> {
         match *self {
-            Self::Boot { .. } | Self::Input { .. } | Self::Pages { .. } => None,
+            Self::Boot { .. }
+            | Self::Input { .. }
+            | Self::Pages { .. }
+            | Self::Write { .. }
+            | Self::Zeroes { .. }
+            | Self::Flush => None,
             Self::Kick(stop)
             | Self::Sync(stop)
             | Self::Deliver { stop, .. }
@@ -260,6 +295,17 @@ impl<'a> Entry<'a> {
                     put_stop(&mut out, stop);
                     out.bytes(payload);
                 }
+                Body::Write { sector, payload } => {
+                    check_payload(payload);
+                    out.u64(*sector);
+                    out.bytes(payload);
+                }
+                Body::Zeroes { sector, sectors, unmap } => {
+                    out.u64(*sector);
+                    out.u32(*sectors);
+                    out.u8(u8::from(*unmap));
+                }
+                Body::Flush => {}
                 Body::Deliver { stop, through } => {
                     put_stop(&mut out, stop);
                     out.u64(*through);
@@ -311,6 +357,16 @@ impl<'a> Entry<'a> {
                 stop,
                 payload: rest(&mut reader),
             }),
+            KIND_WRITE => reader.u64().map(|sector| Body::Write {
+                sector,
+                payload: rest(&mut reader),
+            }),
+            KIND_ZEROES => (|| {
+                let (sector, sectors) = (reader.u64()?, reader.u32()?);
+                let unmap = reader.u8().filter(|unmap| *unmap <= 1)? == 1;
+                Some(Body::Zeroes { sector, sectors, unmap })
+            })(),
+            KIND_FLUSH => Some(Body::Flush),
             KIND_DELIVER => take_stop(&mut reader)
                 .zip(reader.u64())
                 .map(|(stop, through)| Body::Deliver { stop, through }),
@@ -383,11 +439,12 @@ mod tests {
         let decoded = Entry::decode(&long[..length]);
         let open_ended = matches!(
             entry.body,
-            Body::Input { .. } | Body::Boot { .. } | Body::Pages { .. } | Body::State { .. }
+            Body::Input { .. } | Body::Boot { .. } | Body::Pages { .. } | Body::State { .. } | Body::Write { .. }
         );
         if !open_ended {
             assert!(matches!(decoded, Err(FrameError::Body { .. })));
-            let length = frame::write(&mut long, &header, body.len() - 1, |out| {
+            let Some(shorter) = body.len().checked_sub(1) else { return };
+            let length = frame::write(&mut long, &header, shorter, |out| {
                 out.copy_from_slice(&body[..out.len()])
             });
             assert!(matches!(Entry::decode(&long[..length]), Err(FrameError::Body { .. })));
@@ -407,6 +464,9 @@ mod tests {
             check(Body::PowerOff { stop, reset: flag });
             check(Body::Pages { payload: &payload });
             check(Body::State { stop, payload: &payload });
+            check(Body::Write { sector: number, payload: &payload });
+            check(Body::Zeroes { sector: number, sectors: stop.position.offset, unmap: flag });
+            check(Body::Flush);
         }
 
         #[test]

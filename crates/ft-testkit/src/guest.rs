@@ -236,7 +236,7 @@ impl Guest {
             Body::Kick(_) => outputs = self.kick(),
             Body::Console { .. } | Body::Sync(_) => {}
             Body::PowerOff { .. } => self.off = true,
-            Body::Pages { .. } | Body::State { .. } => {
+            Body::Pages { .. } | Body::State { .. } | Body::Write { .. } | Body::Zeroes { .. } | Body::Flush => {
                 return Err(Diverged(format!("this guest makes no {} entry", body.name())));
             }
         }

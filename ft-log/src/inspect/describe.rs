@@ -40,7 +40,9 @@ pub(super) fn fields(body: &Body<'_>) -> Map<String, Value> {
         Body::Console { bytes, .. } => json!({ "console_bytes": bytes }),
         Body::PowerOff { reset, .. } => json!({ "reset": reset }),
         Body::Pages { payload } | Body::State { payload, .. } => json!({ "payload_bytes": payload.len() }),
-        Body::Kick(_) | Body::Sync(_) => json!({}),
+        Body::Write { sector, payload } => json!({ "sector": sector, "payload_bytes": payload.len() }),
+        Body::Zeroes { sector, sectors, unmap } => json!({ "sector": sector, "sectors": sectors, "unmap": unmap }),
+        Body::Kick(_) | Body::Sync(_) | Body::Flush => json!({}),
     };
     match fields {
         Value::Object(fields) => fields,
@@ -50,7 +52,10 @@ pub(super) fn fields(body: &Body<'_>) -> Map<String, Value> {
 
 fn payload<'a>(body: &Body<'a>) -> Option<&'a [u8]> {
     match *body {
-        Body::Input { payload, .. } | Body::Pages { payload } | Body::State { payload, .. } => Some(payload),
+        Body::Input { payload, .. }
+        | Body::Pages { payload }
+        | Body::State { payload, .. }
+        | Body::Write { payload, .. } => Some(payload),
         Body::Boot { devices, .. } => Some(devices),
         _ => None,
     }

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::{Condition, Ending, Format, InspectError, Source, describe};
 
 /// As `Body::name` says them.
-const KINDS: [&str; 10] = [
+const KINDS: [&str; 13] = [
     "boot",
     "kick",
     "input",
@@ -19,6 +19,9 @@ const KINDS: [&str; 10] = [
     "sync",
     "pages",
     "state",
+    "write",
+    "zeroes",
+    "flush",
     "power-off",
 ];
 

@@ -107,6 +107,12 @@ impl<S: Source> Replayer<S> {
                     continue;
                 }
                 Body::Boot { .. } => return Err(Error::LogEnds(format!("entry {} is a second power-on", entry.lsn))),
+                Body::Write { .. } | Body::Zeroes { .. } | Body::Flush => {
+                    return Err(Error::LogEnds(format!(
+                        "entry {} is of the device engine: there is no execution to replay",
+                        entry.lsn
+                    )));
+                }
                 Body::Kick(_) => Action::Kick,
                 Body::Deliver { through, .. } => Action::Deliver(through),
                 Body::Time { now_ns, .. } => Action::Time(now_ns),
