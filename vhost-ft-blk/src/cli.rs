@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 use ft_vhost::{
     conventions::Conventions,
-    daemon::{self, Signals},
+    daemon::{self, Engine, Signals},
     exit::End,
     guest_side::blk::{Geometry, ID_BYTES, QUEUES_MAX},
     session::operator,
@@ -31,6 +31,15 @@ pub struct Arguments {
     /// Raw image; its size is the disk's, a multiple of 512 bytes.
     #[arg(long, value_name = "IMAGE", required_unless_present = "print_capabilities")]
     blk_file: Option<PathBuf>,
+    /// How the backup stays equal: lockstep under ft-vcpu-shim, or device under a stock VMM, whose writes are replicated.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "ENGINE",
+        default_value = "lockstep",
+        requires = "ft_log"
+    )]
+    engine: Engine,
     /// Refuse writes.
     #[arg(long)]
     read_only: bool,
@@ -116,7 +125,10 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
         return Ok(());
     }
     let blk_file = arguments.blk_file.as_deref().expect("clap asks for it");
-    let options = conventions.options();
+    let mut options = conventions.options();
+    if let Some(membership) = &mut options.membership {
+        membership.engine = arguments.engine;
+    }
     let signals = Signals::take().map_err(End::environment)?;
     let block_bytes = arguments.block_size.parse().expect("clap lets two sizes through");
     let locking = match arguments.migratable {
@@ -149,11 +161,13 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
         poll_ns_max: u64::from(arguments.poll_us) * 1000,
     };
     let threads = arguments.io_threads.unwrap_or(1).min(arguments.num_queues);
+    // A stock VMM's disk is what its guest finds after a failover: an image that was away for a moment must not pass.
+    let whole = arguments.engine == Engine::Device;
     let fingerprinted = image.try_clone().map_err(End::environment)?;
     let make = move || {
         let image = image.try_clone().map_err(End::environment)?;
         Ok(Disk::new(image, geometry, policy.clone()))
     };
-    let fingerprint = move || fingerprinted.fingerprint().map_err(End::environment);
+    let fingerprint = move || fingerprinted.fingerprint(whole).map_err(End::environment);
     daemon::serve(&options, "vhost-ft-blk", threads.into(), make, signals, fingerprint)
 }

@@ -2,33 +2,39 @@
 //!
 //! ```text
 //!  request ─► [waits for overlapping ones] ─► io_uring ─► completion ─► input (alone: delivered at once; live: logged first)
+//!  mirrored:  as alone; what changes the image is logged, and completes when that is committed
 //!  following: writes and flushes run, reads wait for their data from the log, completions wait for theirs
 //!  go live:   what has no delivered completion is completed from here: reads start, what was done already is reported
 //! ```
 
+mod device;
+mod mirrored;
+
 use std::{collections::VecDeque, io};
 
-use ft_client::{crash, events::Events};
-use ft_protocol::Lsn;
+use ft_client::crash;
 use ft_vhost::{
-    device::{Buffer, Completion, Device, Fallocate, Input, Life, Uring},
+    device::{Buffer, Fallocate, Life, Uring},
     exit::End,
     guest_side::{
-        BOUNCE, GuestSide,
+        BOUNCE,
         blk::{
-            BlkGuestSide, ById, COMPLETION_HEADER_BYTES, CONFIG_WRITEBACK_OFFSET, FEATURE_CONFIG_WCE, FEATURE_FLUSH,
-            Geometry, ID_BYTES, Kind, Request, SECTOR_BYTES, STATUS_IO_ERROR, STATUS_OK, completion_header,
+            BlkGuestSide, ById, COMPLETION_HEADER_BYTES, Geometry, ID_BYTES, Kind, Request, SECTOR_BYTES,
+            STATUS_IO_ERROR, STATUS_OK, completion_header,
         },
     },
 };
 use nix::{errno::Errno, libc};
-use serde_json::json;
-use tracing::{error, info, warn};
+use tracing::warn;
 
+pub use crate::space::OnEnospc;
 use crate::{
+    cache::CacheMode,
     image::Image,
     overlap::{Access, Schedule},
-    transfer::{BOUNCE_BYTES_MAX, Buffers, Data, Prepared},
+    replication::{Replication, Stage},
+    space::Starving,
+    transfer::{Buffers, Data, Prepared},
 };
 
 /// What GET_ID answers unless the operator says otherwise.
@@ -37,8 +43,6 @@ pub const SERIAL: &str = "ft-blk";
 const ZEROES_BYTES: usize = 1 << 20;
 /// Completions are put together in one input up to this size.
 const INPUT_BYTES_MERGED: usize = 64 << 10;
-/// How often a write that found no space is tried again.
-const RETRY_NS: u64 = 1_000_000_000;
 
 /// A request on its way to the image or back.
 #[derive(Debug)]
@@ -51,6 +55,10 @@ struct Job {
     by_hand: bool,
     /// What the image was told to make is there, and is being made durable.
     settling: bool,
+    /// How far the log is with it.
+    stage: Stage,
+    /// It is done here.
+    is_done: bool,
 }
 
 /// A completion the guest has not got yet.
@@ -60,15 +68,6 @@ struct Done {
     queue: u16,
     /// Header and data, as in a payload.
     completion: Vec<u8>,
-}
-
-/// What happens to a write that finds no space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum OnEnospc {
-    /// The guest gets an error.
-    Report,
-    /// It waits, and is tried again every second.
-    Stop,
 }
 
 /// What the operator decides.
@@ -107,10 +106,6 @@ fn is_unsupported(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EOPNOTSUPP)
 }
 
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
-}
-
 /// The device.
 #[derive(Debug)]
 pub struct Disk {
@@ -118,11 +113,7 @@ pub struct Disk {
     image: Image,
     life: Life,
     policy: Policy,
-    write_through: bool,
-    /// The driver may have chosen write-through, and nobody here knows.
-    unknown_mode: bool,
-    /// The driver can choose.
-    chooses: bool,
+    cache: CacheMode,
     schedule: Schedule,
     jobs: ById<Job>,
     buffers: Buffers,
@@ -130,9 +121,9 @@ pub struct Disk {
     ended: Vec<(u64, Option<Errno>)>,
     /// Jobs that wait for a buffer.
     hungry: VecDeque<u64>,
-    /// Jobs that wait for space on the image's file system.
-    starving: Vec<u64>,
-    retry_at_ns: u64,
+    starving: Starving,
+    /// Engine `device`, primary.
+    replication: Option<Replication>,
     /// Following: requests whose result comes from the log.
     passive: VecDeque<Request>,
     done: VecDeque<Done>,
@@ -150,17 +141,15 @@ impl Disk {
             guest: BlkGuestSide::new(geometry),
             image,
             life: Life::Alone,
-            write_through: policy.write_through,
-            unknown_mode: false,
-            chooses: false,
+            cache: CacheMode::new(policy.write_through),
+            starving: Starving::new(policy.on_enospc),
+            replication: None,
             policy,
             schedule: Schedule::default(),
             jobs: ById::default(),
             buffers: Buffers::default(),
             ended: Vec::new(),
             hungry: VecDeque::new(),
-            starving: Vec::new(),
-            retry_at_ns: 0,
             passive: VecDeque::new(),
             done: VecDeque::new(),
             batches: (0..geometry.queues).map(|_| Vec::new()).collect(),
@@ -206,6 +195,8 @@ impl Disk {
             done: 0,
             by_hand: false,
             settling: false,
+            stage: Stage::default(),
+            is_done: false,
         };
         self.jobs.insert(id, job);
         if self.schedule.arrive(id, access) {
@@ -227,8 +218,10 @@ impl Disk {
         match request.kind {
             _ if *settling => io.datasync(image.fd(), id),
             Kind::Flush => {
-                crash::point("blk.flush.before");
-                io.datasync(image.fd(), id);
+                if self.is_logged(id) {
+                    crash::point("blk.flush.before");
+                    io.datasync(self.image.fd(), id);
+                }
             }
             Kind::WriteZeroes { unmap } if !*by_hand => io.fallocate(image.fd(), zeroing(unmap), offset, left, id),
             Kind::Discard => io.fallocate(image.fd(), Fallocate::PunchHole, offset, left, id),
@@ -254,13 +247,22 @@ impl Disk {
             zeroes.resize(from + part, 0);
             crash::point("blk.write.before");
             let offset = job.request.sector * SECTOR_BYTES + done as u64;
-            io.write(image.fd(), offset, zeroes, from, part, self.write_through, id);
+            io.write(
+                image.fd(),
+                offset,
+                zeroes,
+                from,
+                part,
+                self.cache.is_write_through(),
+                id,
+            );
             return;
         }
         if matches!(job.data.buffer, Buffer::None) {
             let prepared = match self.life {
                 Life::Alone => {
-                    let bounces = image.may_be_read_after_us();
+                    let copied = kind == Kind::Write && self.replication.is_some();
+                    let bounces = copied || image.may_be_read_after_us();
                     buffers.direct(guest, id, length, kind == Kind::Write, image.alignment(), bounces)
                 }
                 _ => {
@@ -293,13 +295,20 @@ impl Disk {
                 }
             }
         }
+        if kind == Kind::Write && !self.is_logged(id) {
+            return;
+        }
+        let Self { jobs, image, .. } = self;
+        let job = jobs.get_mut(&id).expect("a startable request has a job");
         let (fd, offset) = (image.fd(), job.request.sector * SECTOR_BYTES + done as u64);
         let from = job.data.from + done;
         if kind == Kind::Write {
             crash::point("blk.write.before");
         }
         match (kind, std::mem::take(&mut job.data.buffer)) {
-            (Kind::Write, Buffer::Guest(buffer)) => io.write_guest(fd, offset, buffer, self.write_through, id),
+            (Kind::Write, Buffer::Guest(buffer)) => {
+                io.write_guest(fd, offset, buffer, self.cache.is_write_through(), id)
+            }
             (_, Buffer::Guest(buffer)) => io.read_guest(fd, offset, buffer, id),
             (Kind::Write, buffer) => {
                 io.write(
@@ -308,7 +317,7 @@ impl Disk {
                     buffer.into_bytes(),
                     from,
                     length - done,
-                    self.write_through,
+                    self.cache.is_write_through(),
                     id,
                 );
             }
@@ -409,227 +418,8 @@ impl Disk {
     fn finish_ended(&mut self, io: &mut Uring) -> Result<(), End> {
         while let Some((id, errno)) = self.ended.pop() {
             let result = errno.map_or(Ok(()), |errno| Err(errno.into()));
-            self.finish_job(id, result, io)?;
+            self.settle(id, result, io)?;
         }
         Ok(())
-    }
-}
-
-impl Device for Disk {
-    fn guest(&mut self) -> &mut dyn GuestSide {
-        &mut self.guest
-    }
-
-    fn set_features(&mut self, features: u64) {
-        // A driver that can choose the mode finds the one that was chosen last; one that can neither choose nor flush relies on us.
-        if features & FEATURE_CONFIG_WCE == 0 {
-            self.write_through = self.policy.write_through || features & FEATURE_FLUSH == 0;
-        } else if self.unknown_mode {
-            self.write_through = true;
-        }
-        self.chooses = features & FEATURE_CONFIG_WCE != 0;
-    }
-
-    fn resume(&mut self) {
-        // A driver that chose write-through flushes nothing; one that did not loses time and no data.
-        self.unknown_mode = true;
-        self.write_through |= self.chooses;
-    }
-
-    fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), String> {
-        match (offset, bytes) {
-            (CONFIG_WRITEBACK_OFFSET, [writeback]) if *writeback <= 1 => {
-                self.write_through = *writeback == 0;
-                self.unknown_mode = false;
-                Ok(())
-            }
-            _ => Err(format!(
-                "only the cache mode can be set, not {} bytes at {offset} of the configuration space",
-                bytes.len()
-            )),
-        }
-    }
-
-    fn attach(&mut self) -> Result<(), String> {
-        self.image.attach()
-    }
-
-    fn detach(&mut self) {
-        if let Err(error) = self.image.detach() {
-            error!(%error, "the image cannot be made durable, and stays locked");
-        }
-    }
-
-    fn resize(&mut self, bytes: Option<u64>) -> Result<Vec<u8>, String> {
-        self.image.resize(bytes)?;
-        self.guest.resize(self.image.sectors());
-        Ok(self.config())
-    }
-
-    fn config(&mut self) -> Vec<u8> {
-        let mut config = self.guest.config();
-        config[CONFIG_WRITEBACK_OFFSET as usize] = u8::from(!self.write_through);
-        config
-    }
-
-    fn start(&mut self, life: Life, io: &mut Uring) -> Result<(), End> {
-        self.life = life;
-        if life == Life::Alone {
-            self.guest.copy_nothing();
-        }
-        io.register(self.image.fd()).map_err(End::environment)
-    }
-
-    fn perform(&mut self, _marker: Option<Lsn>, io: &mut Uring) -> Result<(), End> {
-        let mut requests = std::mem::take(&mut self.requests);
-        self.guest.take_requests(&mut requests);
-        for request in requests.drain(..) {
-            self.take(request, io);
-        }
-        self.requests = requests;
-        self.finish_ended(io)
-    }
-
-    fn complete(&mut self, completion: Completion, io: &mut Uring) -> Result<(), End> {
-        let Completion {
-            token: id,
-            result,
-            buffer,
-            ..
-        } = completion;
-        let job = self.jobs.get_mut(&id).expect("the ring completes what was submitted");
-        job.data.buffer = buffer;
-        let is_zeroing = matches!(job.request.kind, Kind::WriteZeroes { .. }) && !job.by_hand;
-        let is_allocation = is_zeroing || job.request.kind == Kind::Discard;
-        let result = match u32::try_from(result) {
-            Err(_) => Err(io::Error::from_raw_os_error(-result)),
-            // fallocate(2) has no flag for it, as writes have.
-            Ok(_) if is_allocation && self.write_through && !job.settling => {
-                job.settling = true;
-                self.start_job(id, io);
-                return Ok(());
-            }
-            Ok(_) if is_allocation || job.request.kind == Kind::Flush => Ok(()),
-            Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the image became shorter")),
-            Ok(bytes) => {
-                job.done += bytes as usize;
-                if job.done < job.request.length as usize {
-                    if let Buffer::Guest(buffer) = &mut job.data.buffer {
-                        buffer.skip(bytes as usize);
-                    }
-                    self.start_job(id, io);
-                    return Ok(());
-                }
-                Ok(())
-            }
-        };
-        match result {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                self.start_job(id, io);
-                Ok(())
-            }
-            Err(error) if is_zeroing && is_unsupported(&error) => {
-                job.by_hand = true;
-                self.start_job(id, io);
-                Ok(())
-            }
-            Err(error) if self.life == Life::Alone && self.policy.on_enospc == OnEnospc::Stop && is_full(&error) => {
-                if self.starving.is_empty() {
-                    let sector = job.request.sector;
-                    warn!(sector, %error, "a write waits: it is tried again every second. Make space for the image");
-                }
-                self.starving.push(id);
-                Ok(())
-            }
-            result => {
-                self.finish_job(id, result, io)?;
-                self.finish_ended(io)
-            }
-        }
-    }
-
-    fn take_input(&mut self, _io: &mut Uring) -> Result<Option<Input>, End> {
-        if self.life == Life::Alone {
-            let waits = self.batches.iter().position(|batch| !batch.is_empty());
-            return Ok(waits.map(|queue| Input {
-                queue: queue as u16,
-                payload: std::mem::replace(&mut self.batches[queue], self.buffers.take()),
-            }));
-        }
-        let Some(Done {
-            completion: mut payload,
-            queue,
-            ..
-        }) = self.done.pop_front()
-        else {
-            return Ok(None);
-        };
-        while let Some(next) = self.done.front() {
-            if next.queue != queue || payload.len() + next.completion.len() > INPUT_BYTES_MERGED {
-                break;
-            }
-            payload.extend_from_slice(&next.completion);
-            if let Some(next) = self.done.pop_front() {
-                self.recycle(next.completion);
-            }
-        }
-        Ok(Some(Input { queue, payload }))
-    }
-
-    fn recycle(&mut self, payload: Vec<u8>) {
-        self.buffers.recycle(payload);
-    }
-
-    fn followed(&mut self) {
-        let guest = &self.guest;
-        self.passive.retain(|request| guest.is_outstanding(request.id));
-        self.done.retain(|done| guest.is_outstanding(done.id));
-    }
-
-    fn go_live(&mut self, io: &mut Uring, events: &mut Events) -> Result<(), End> {
-        self.life = Life::Live;
-        self.followed();
-        let count = self.guest.outstanding();
-        for request in std::mem::take(&mut self.passive) {
-            self.take(request, io);
-        }
-        info!(
-            count,
-            "requests without a delivered completion are issued or reported again"
-        );
-        events.emit("reissued", json!({ "count": count }));
-        Ok(())
-    }
-
-    fn has_room(&self) -> bool {
-        self.buffers.bounced < BOUNCE_BYTES_MAX
-    }
-
-    fn tick(&mut self, now_ns: u64, io: &mut Uring, _events: &mut Events) -> Result<Option<u64>, End> {
-        if self.starving.is_empty() {
-            self.retry_at_ns = now_ns + RETRY_NS;
-            return Ok(None);
-        }
-        if now_ns >= self.retry_at_ns {
-            self.retry_at_ns = now_ns + RETRY_NS;
-            for id in std::mem::take(&mut self.starving) {
-                self.start_job(id, io);
-            }
-        }
-        Ok(Some(self.retry_at_ns))
-    }
-
-    fn give_up(&mut self, io: &mut Uring) -> Result<(), End> {
-        let starving = std::mem::take(&mut self.starving).into_iter();
-        self.ended.extend(starving.map(|id| (id, Some(Errno::ENOSPC))));
-        self.finish_ended(io)
-    }
-
-    fn poll_ns_max(&self) -> u64 {
-        self.policy.poll_ns_max
-    }
-
-    fn is_idle(&self) -> bool {
-        self.jobs.is_empty()
     }
 }

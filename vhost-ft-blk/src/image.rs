@@ -319,13 +319,18 @@ impl Image {
         })
     }
 
+    /// The file, for those who follow.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Digest of what both hosts must start from: size and content. Of an image beyond 256 MiB, 1024 evenly spaced samples of
-    /// 64 KiB.
+    /// 64 KiB, unless the `whole` content is wanted.
     ///
     /// # Errors
     /// As read(2).
-    pub fn fingerprint(&self) -> io::Result<[u8; 32]> {
-        let whole = self.bytes <= WHOLE_BYTES_MAX;
+    pub fn fingerprint(&self, whole: bool) -> io::Result<[u8; 32]> {
+        let whole = whole || self.bytes <= WHOLE_BYTES_MAX;
         // From the first byte to the last; the whole image is as many samples as it takes, end to end.
         let samples = if whole {
             self.bytes.div_ceil(SAMPLE_BYTES)
@@ -529,7 +534,7 @@ mod tests {
             file.as_file().set_len(bytes).unwrap();
             Image::open(file.path(), WRITES, 512, Locking::Life, Duration::ZERO)
                 .unwrap()
-                .fingerprint()
+                .fingerprint(false)
                 .unwrap()
         };
         let base = fingerprint(b"x", 100 << 10);
@@ -545,8 +550,21 @@ mod tests {
         file.as_file().write_all_at(b"z", large - 1).unwrap();
         let end = Image::open(file.path(), WRITES, 512, Locking::Life, Duration::ZERO)
             .unwrap()
-            .fingerprint()
+            .fingerprint(false)
             .unwrap();
         assert_ne!(base, end);
+    }
+
+    #[test]
+    fn a_whole_fingerprint_sees_every_byte_of_a_large_image() {
+        let file = image(WHOLE_BYTES_MAX + (1 << 20));
+        let open = Image::open(file.path(), WRITES, 512, Locking::Life, Duration::ZERO).unwrap();
+        let both = || [false, true].map(|whole| open.fingerprint(whole).unwrap());
+        let before = both();
+        // Between two samples.
+        file.as_file().write_all_at(b"x", 100 << 10).unwrap();
+        let after = both();
+        assert_eq!(before[0], after[0]);
+        assert_ne!(before[1], after[1]);
     }
 }

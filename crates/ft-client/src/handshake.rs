@@ -8,6 +8,7 @@
 //! ft-log ◄ {"refused":"..."}
 //! client ► {"failed":"..."} at any later time: this replica is over
 //! ```
+//! Without a shim (engine `device`) the VM's one device takes both seats.
 //! The socket stays open: its end is the end of the replica, for both sides.
 
 use std::{
@@ -102,6 +103,12 @@ pub enum JoinError {
     /// ft-log said no.
     #[error("ft-log refused: {0}")]
     Refused(String),
+    /// Without a shim nobody puts the entries of several devices in place.
+    #[error("the VM has {devices} devices, and engine 'device' is for one: give ft-log --devices with this one only")]
+    Engine {
+        /// Devices of the VM.
+        devices: usize,
+    },
     /// The conversation broke.
     #[error("the handshake with ft-log failed: {0}")]
     Io(#[from] io::Error),
@@ -245,6 +252,31 @@ pub fn join_shim(path: &Path, vm: &str, fingerprint: &[u8; 32]) -> Result<ShimSe
         replay,
         gates,
     })
+}
+
+/// What the seat of the shim is taken with where there is none: no shim has it, so the two engines never pair.
+const ENGINE_FINGERPRINT: [u8; 32] = *b"device engine: no shim, version1";
+
+/// A device daemon that is all there is of its VM beside ft-log: engine `device`.
+#[derive(Debug)]
+pub struct EngineSession {
+    /// The device's seat.
+    pub device: DeviceSession,
+    /// The shim's seat.
+    pub shim: ShimSession,
+}
+
+/// Joins as a device whose VM has no shim: takes the device's seat and then the shim's.
+///
+/// # Errors
+/// [`JoinError`]; a VM of several devices is refused.
+pub fn join_engine(path: &Path, vm: &str, device: &str, fingerprint: &[u8; 32]) -> Result<EngineSession, JoinError> {
+    let device = join_device(path, vm, device, fingerprint)?;
+    let shim = join_shim(path, vm, &ENGINE_FINGERPRINT)?;
+    match shim.gates.len() {
+        1 => Ok(EngineSession { device, shim }),
+        devices => Err(JoinError::Engine { devices }),
+    }
 }
 
 /// Says that this replica is over, and why; best effort, since the end of the socket says it too.

@@ -97,9 +97,15 @@ impl LogWriter {
         Ok(lsn)
     }
 
-    /// Announces what was appended quietly, if anything.
+    /// Whether [`LogWriter::append`] would take an entry with this body without waiting.
+    #[must_use]
+    pub fn has_room(&self, body: &Body<'_>) -> bool {
+        self.ring.fits(body.frame_bytes())
+    }
+
+    /// Announces what was appended quietly, if anything. A log that is awake looks at its rings before it sleeps.
     pub fn flush(&mut self) {
-        if std::mem::take(&mut self.quiet) {
+        if std::mem::take(&mut self.quiet) && self.ring.consumer_sleeps() {
             self.ring_doorbell();
         }
     }

@@ -106,6 +106,13 @@ impl Producer {
         self.used().saturating_add(self.cost(length) as u64) <= RING_BYTES as u64
     }
 
+    /// Whether the consumer sleeps and wants its doorbell rung for what was pushed before this call.
+    #[must_use]
+    pub fn consumer_sleeps(&self) -> bool {
+        // As in `push`: behind its fence, so that either side sees what the other did.
+        self.memory.word(CONSUMER_SLEEPS).load(Ordering::Relaxed) != 0
+    }
+
     /// Sleeps until a frame of `length` bytes may fit or `timeout` passes.
     pub fn wait_for_space(&self, length: usize, timeout: Duration) {
         let space = self.memory.word(SPACE);

@@ -443,7 +443,9 @@ mod tests {
         );
         if !open_ended {
             assert!(matches!(decoded, Err(FrameError::Body { .. })));
-            let Some(shorter) = body.len().checked_sub(1) else { return };
+            let Some(shorter) = body.len().checked_sub(1) else {
+                return;
+            };
             let length = frame::write(&mut long, &header, shorter, |out| {
                 out.copy_from_slice(&body[..out.len()])
             });

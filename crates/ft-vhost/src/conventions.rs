@@ -6,7 +6,7 @@ use std::{os::fd::RawFd, path::PathBuf};
 use serde_json::json;
 
 use crate::{
-    daemon::{Membership, Options},
+    daemon::{Engine, Membership, Options},
     guest_side::QUEUE_SIZE_MAX,
     session::Source,
 };
@@ -66,7 +66,12 @@ impl Conventions {
     #[must_use]
     pub fn membership(&self) -> Option<Membership> {
         let (ft_log, vm, device) = (self.ft_log.clone()?, self.vm.clone()?, self.device.clone()?);
-        Some(Membership { ft_log, vm, device })
+        Some(Membership {
+            ft_log,
+            vm,
+            device,
+            engine: Engine::default(),
+        })
     }
 
     /// What a daemon is told.

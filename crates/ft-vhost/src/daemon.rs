@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     device::{Device, Uring, alone::Alone, gated::Gated},
+    engine,
     exit::{End, Status},
     service::Service,
     session::{self, CommandReceiver, CommandSender, ConfigSpace, Description, Frontends, Listener, Source, operator},
@@ -50,7 +51,7 @@ impl Signals {
 
 impl Signals {
     /// Runs something that may block for long, in a thread of its own; `None` if the daemon is asked to end before it is done.
-    fn unless_asked_to_end<T: Send + 'static>(
+    pub(crate) fn unless_asked_to_end<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<Option<T>, End> {
@@ -102,6 +103,16 @@ pub fn main(run: impl FnOnce() -> Result<(), End>) -> ExitCode {
     }
 }
 
+/// How the backup stays equal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Engine {
+    /// The VM is run by ft-vcpu-shim, and its backup executes the same.
+    #[default]
+    Lockstep,
+    /// The VM is run by a stock VMM; what its device changes is replicated, and it restarts on the backup.
+    Device,
+}
+
 /// Membership of a fault-tolerant VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Membership {
@@ -111,6 +122,8 @@ pub struct Membership {
     pub vm: String,
     /// Name of this device in it.
     pub device: String,
+    /// How the backup stays equal.
+    pub engine: Engine,
 }
 
 /// What both daemons are told.
@@ -156,9 +169,7 @@ pub fn serve(
         End::environment(format!("cannot open --events {path}: {error}"))
     })?;
     shared_file::end_clearly_on_sigbus().map_err(End::environment)?;
-    let frontends = Frontends::open(&options.source).map_err(End::environment)?;
-    let control = options.control.as_deref().map(Listener::bind);
-    let control = control.transpose().map_err(End::environment)?;
+    let doors = Doors::open(options)?;
     let mut device = make()?;
     let config = ConfigSpace::new(device.config());
     let guest = device.guest();
@@ -172,7 +183,19 @@ pub fn serve(
         alone,
     };
     let (sender, receivers) = session::channel(if alone { threads } else { 1 }).map_err(End::environment)?;
-    start_control(&frontends, control.as_ref(), description, sender)?;
+    if let Some(membership) = &options.membership
+        && membership.engine == Engine::Device
+    {
+        let parts = engine::Parts {
+            options: options.clone(),
+            doors,
+            description,
+            sender,
+            commands: receivers.into_iter().next().expect("there is one thread"),
+        };
+        return engine::serve(parts, membership, device, signals, events, &fingerprint()?);
+    }
+    doors.let_in(description, sender)?;
     info!(socket = %options.source, "listening");
     let service = Service::from_environment();
     service.ready();
@@ -182,6 +205,7 @@ pub fn serve(
             ft_log,
             vm,
             device: name,
+            ..
         }) => {
             let fingerprint = fingerprint()?;
             let (ft_log, vm, name) = (ft_log.clone(), vm.clone(), name.clone());
@@ -197,28 +221,47 @@ pub fn serve(
     }
 }
 
-/// Starts the threads that talk to frontends and operators.
-fn start_control(
-    frontends: &Frontends,
-    control: Option<&Listener>,
-    description: Description,
-    sender: CommandSender,
-) -> Result<(), End> {
-    let sender = Arc::new(sender);
-    if let Some(control) = control {
-        let listener = control.try_clone().map_err(End::environment)?;
-        let (config, sender) = (description.config.clone(), Arc::clone(&sender));
-        std::thread::Builder::new()
-            .name("operator".into())
-            .spawn(move || operator::serve(&listener, &config, &sender))
-            .map_err(End::environment)?;
+/// Where frontends and operators come from; the socket files go with it.
+#[derive(Debug)]
+pub(crate) struct Doors {
+    frontends: Frontends,
+    control: Option<Listener>,
+}
+
+impl Doors {
+    /// Takes what the operator named.
+    pub(crate) fn open(options: &Options) -> Result<Self, End> {
+        let frontends = Frontends::open(&options.source).map_err(End::environment)?;
+        let control = options.control.as_deref().map(Listener::bind);
+        Ok(Self {
+            frontends,
+            control: control.transpose().map_err(End::environment)?,
+        })
     }
-    let accepting = frontends.accepting().map_err(End::environment)?;
-    std::thread::Builder::new()
-        .name("control".into())
-        .spawn(move || session::serve(accepting, &description, &sender))
-        .map_err(End::environment)?;
-    Ok(())
+
+    /// Without those that come by a path: nobody finds a socket there until [`Doors::open`]. What was inherited stays, and waits.
+    pub(crate) fn shut(self) -> Option<Self> {
+        self.frontends.is_inherited().then_some(self)
+    }
+
+    /// Starts the threads that talk to frontends and operators.
+    pub(crate) fn let_in(&self, description: Description, sender: CommandSender) -> Result<(), End> {
+        let sender = Arc::new(sender);
+        if let Some(control) = &self.control {
+            let listener = control.try_clone().map_err(End::environment)?;
+            let (config, sender) = (description.config.clone(), Arc::clone(&sender));
+            std::thread::Builder::new()
+                .name("operator".into())
+                .spawn(move || operator::serve(&listener, &config, &sender))
+                .map_err(End::environment)?;
+        }
+        let accepting = self.frontends.accepting().map_err(End::environment)?;
+        std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || session::serve(accepting, &description, &sender))
+            .map_err(End::environment)?;
+        Ok(())
+    }
 }
 
 /// One loop for each receiver, the first one here; over when the first is.

@@ -10,6 +10,7 @@
 pub mod conventions;
 pub mod daemon;
 pub mod device;
+mod engine;
 pub mod exit;
 pub mod guest_side;
 pub mod service;

@@ -1,13 +1,19 @@
-//! Life without ft-log, under any vhost-user frontend: the guest's notifications come by eventfd, what arrives is delivered at once.
+//! Life under any vhost-user frontend: the guest's notifications come by eventfd, what arrives is delivered at once. Without ft-log,
+//! or (engine `device`) with a [`Link`] to it.
 
 use std::{os::fd::AsRawFd, sync::Arc};
 
 use ft_client::events::{Events, monotonic_ns};
+use ft_protocol::Lsn;
 use tracing::{error, info};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Completion, Device, Input, LOOP_TOKENS, Life, Uring, earliest, patience::Patience, until, uring::PollHandle,
+    Completion, Device, Input, LOOP_TOKENS, Life, Uring, earliest,
+    mirror::{Link, Standing},
+    patience::Patience,
+    until,
+    uring::PollHandle,
 };
 use crate::{
     daemon::Signals,
@@ -20,6 +26,8 @@ use crate::{
 const TOKEN_COMMANDS: u64 = LOOP_TOKENS;
 const TOKEN_SIGNALS: u64 = LOOP_TOKENS + 1;
 const TOKEN_FAILED: u64 = LOOP_TOKENS + 2;
+const TOKEN_COMMIT: u64 = LOOP_TOKENS + 3;
+const TOKEN_LOG: u64 = LOOP_TOKENS + 4;
 /// Token of a queue's kick: base, queue in the low 16 bits, number of its start above.
 const TOKEN_KICK: u64 = LOOP_TOKENS + (1 << 62);
 
@@ -70,6 +78,9 @@ pub struct Alone<D> {
     waiting: Option<(Waits, Reply)>,
     sequence: u64,
     ending: bool,
+    link: Option<Link>,
+    /// Engine `device`: the last entry is written, and the end of the VM is waited for.
+    said_last: bool,
 }
 
 impl<D: Device> Alone<D> {
@@ -98,14 +109,39 @@ impl<D: Device> Alone<D> {
             waiting: None,
             sequence: 0,
             ending: false,
+            link: None,
+            said_last: false,
         })
     }
 
-    /// Serves until SIGTERM.
+    /// The same for a device that has its mirror already.
+    #[must_use]
+    pub(crate) fn linked(self, link: Link) -> Self {
+        Self {
+            link: Some(link),
+            ..self
+        }
+    }
+
+    /// Serves until SIGTERM, or until the replica is over.
     ///
     /// # Errors
-    /// [`End`].
+    /// [`End`]. ft-log has been told where this side is the cause.
     pub fn run(mut self) -> Result<(), End> {
+        let result = self.serve();
+        if let (Err(end @ (End::Ring(_) | End::Replica(_) | End::Environment(_))), Some(link)) =
+            (&result, &mut self.link)
+        {
+            link.report(end);
+        }
+        result
+    }
+
+    fn serve(&mut self) -> Result<(), End> {
+        if let Some(link) = &self.link {
+            self.io.poll(link.commit_event.as_raw_fd(), TOKEN_COMMIT);
+            self.io.poll(link.stream.as_raw_fd(), TOKEN_LOG);
+        }
         self.io.poll(self.commands.bell(), TOKEN_COMMANDS);
         self.io.poll(self.signals.as_raw_fd(), TOKEN_SIGNALS);
         self.io.poll(self.failed.as_raw_fd(), TOKEN_FAILED);
@@ -121,9 +157,13 @@ impl<D: Device> Alone<D> {
                 worked = true;
             }
             worked |= if looking { self.look()? } else { self.drain_kicked()? };
+            let marker = match self.release()? {
+                Some(marker) => marker,
+                None => return Ok(()),
+            };
             worked |= self.deliver()?;
             self.answer_idle()?;
-            if self.ending && self.device.is_idle() {
+            if self.ending && self.device.is_idle() && self.may_end() {
                 info!("drained; the end");
                 return Ok(());
             }
@@ -144,9 +184,46 @@ impl<D: Device> Alone<D> {
                 // Asks to be told, and finds what came before that.
                 self.lines.iter_mut().for_each(|line| line.kicked = true);
                 looking = false;
-            } else {
+            } else if self.link.as_ref().is_none_or(|link| link.sleeps_until(marker)) {
                 self.io.wait(until(deadline, now));
             }
+        }
+    }
+
+    /// Engine `device`: completes what is committed, and gives what is waited for first; `None` when the VM is over.
+    fn release(&mut self) -> Result<Option<Option<Lsn>>, End> {
+        let Some(link) = &mut self.link else {
+            return Ok(Some(None));
+        };
+        if link.stand(&mut self.events)? == Standing::Over {
+            return Ok(None);
+        }
+        let awaits = link.awaits();
+        let marker = self.device.committed(link.committed(), &mut self.io)?;
+        Ok(Some(marker.or(awaits)))
+    }
+
+    /// Whether a drained daemon is done. Engine `device`: with a frontend that is still there the other host takes over, without one the
+    /// VM is over on both.
+    fn may_end(&mut self) -> bool {
+        if self.link.is_none() || self.lines.iter().any(|line| line.started) {
+            return true;
+        }
+        if !std::mem::replace(&mut self.said_last, true) {
+            self.device.power_off();
+        }
+        false
+    }
+
+    /// ft-log says nothing after the welcome: its socket is readable when it is gone.
+    fn log_spoke(&mut self) -> Result<(), End> {
+        match &mut self.link {
+            Some(link) => match link.stand(&mut self.events)? {
+                // Seen again where the loop ends in order.
+                Standing::Over => Ok(()),
+                Standing::Serves => Err(End::LogGone),
+            },
+            None => Ok(()),
         }
     }
 
@@ -181,6 +258,13 @@ impl<D: Device> Alone<D> {
                 self.end();
             }
             TOKEN_FAILED => self.end(),
+            TOKEN_COMMIT => {
+                if let Some(link) = &self.link {
+                    let _ = link.commit_event.read();
+                    self.io.poll(link.commit_event.as_raw_fd(), TOKEN_COMMIT);
+                }
+            }
+            TOKEN_LOG => self.log_spoke()?,
             token if token >= TOKEN_KICK => {
                 let queue = (token & 0xffff) as usize;
                 let line = &mut self.lines[queue];
@@ -254,6 +338,12 @@ impl<D: Device> Alone<D> {
         match command {
             SharedCommand::Memory(memory) => self.device.guest().set_memory(memory),
             SharedCommand::Features(features) => self.device.set_features(features),
+            SharedCommand::Inflight(_) | SharedCommand::Config { .. } if self.link.is_some() => {
+                return Err("a protected disk is not taken up by another daemon, and its cache mode is fixed".into());
+            }
+            SharedCommand::Resize(_) if self.link.is_some() => {
+                return Err("the disk of a protected VM keeps its size".into());
+            }
             SharedCommand::Inflight(region) => self.device.guest().set_inflight(Some(region)),
             SharedCommand::Config { offset, bytes } => self.device.set_config(offset, &bytes)?,
             SharedCommand::Resume => {
@@ -413,108 +503,4 @@ impl<D: Device> Alone<D> {
 }
 
 #[cfg(test)]
-mod tests {
-    use ft_protocol::Lsn;
-
-    use super::*;
-    use crate::{
-        guest_side::{
-            GuestSide,
-            blk::{BlkGuestSide, Geometry},
-        },
-        session::channel,
-    };
-
-    /// A device that does nothing.
-    #[derive(Debug)]
-    struct Idle(BlkGuestSide);
-
-    impl Device for Idle {
-        fn guest(&mut self) -> &mut dyn GuestSide {
-            &mut self.0
-        }
-
-        fn start(&mut self, _life: Life, _io: &mut Uring) -> Result<(), End> {
-            Ok(())
-        }
-
-        fn perform(&mut self, _marker: Option<Lsn>, _io: &mut Uring) -> Result<(), End> {
-            Ok(())
-        }
-
-        fn complete(&mut self, _completion: Completion, _io: &mut Uring) -> Result<(), End> {
-            Ok(())
-        }
-
-        fn take_input(&mut self, _io: &mut Uring) -> Result<Option<Input>, End> {
-            Ok(None)
-        }
-
-        fn recycle(&mut self, _payload: Vec<u8>) {}
-
-        fn go_live(&mut self, _io: &mut Uring, _events: &mut Events) -> Result<(), End> {
-            Ok(())
-        }
-
-        fn is_idle(&self) -> bool {
-            true
-        }
-    }
-
-    fn idle() -> Alone<Idle> {
-        let geometry = Geometry {
-            capacity_sectors: 8,
-            read_only: false,
-            queues: 1,
-            block_bytes: 512,
-            protected: false,
-        };
-        let event = || EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
-        Alone::new(
-            Idle(BlkGuestSide::new(geometry)),
-            channel(1).unwrap().1.remove(0),
-            Arc::new(Signals::take().unwrap()),
-            event(),
-            Events::open("test", None).unwrap(),
-            Service::silent(),
-        )
-        .unwrap()
-    }
-
-    /// Takes completions until the queue was kicked.
-    fn wait_kick(alone: &mut Alone<Idle>) {
-        while !alone.lines[0].kicked {
-            alone.io.wait(Some(std::time::Duration::from_secs(20)));
-            let completion = alone.io.next_completion().expect("a kick was lost");
-            alone.dispatch(completion).unwrap();
-        }
-    }
-
-    #[test]
-    fn kicks_are_heard_after_the_completion_queue_was_full() {
-        let mut alone = idle();
-        let kick = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
-        alone.listen(0, Some(kick.try_clone().unwrap()), None, None);
-        alone.io.submit();
-        // More completions than the ring holds, and nobody takes them while the guest kicks.
-        let ready = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
-        ready.write(1).unwrap();
-        for _ in 0..8 {
-            for token in 0..128 {
-                alone.io.poll(ready.as_raw_fd(), token);
-            }
-            alone.io.submit();
-        }
-        for _ in 0..3 {
-            alone.lines[0].kicked = false;
-            kick.write(1).unwrap();
-            alone.io.submit();
-            wait_kick(&mut alone);
-            // All of what came with it.
-            while let Some(completion) = alone.io.next_completion() {
-                alone.dispatch(completion).unwrap();
-                alone.io.submit();
-            }
-        }
-    }
-}
+mod tests;

@@ -2,20 +2,25 @@
 //!
 //! ```text
 //!  [alone]  kick eventfd ─► kick ─► perform ─► completion ─► input ─► deliver at once ─► call eventfd
+//!  [mirror] the same; what changes the device is an entry of the log, and its completion waits until that is committed
+//!  [follow] entry of the log ─► apply
 //!  [gated]  gate: Kick ─► kick ─► perform ─► completion ─► input ─► log, bounce store ─► gate: Deliver ─► deliver
 //! ```
 //! What differs between a disk and a network is behind [`Device`].
 
 use ft_client::events::Events;
-use ft_protocol::{Committed, Lsn};
+use ft_protocol::{Body, Committed, Lsn};
 
 use crate::{exit::End, guest_side::GuestSide};
 
 pub mod alone;
+pub(crate) mod follow;
 pub mod gated;
+pub mod mirror;
 mod patience;
 pub mod uring;
 
+pub use mirror::{Logged, Mirror};
 pub use uring::{Buffer, Completion, Fallocate, GuestBuffer, Uring};
 
 /// Tokens from here on belong to the loop; a device uses smaller ones.
@@ -126,6 +131,37 @@ pub trait Device {
     /// [`End`].
     fn release(&mut self, _committed: Committed) -> Result<Option<Lsn>, End> {
         Ok(None)
+    }
+
+    /// Engine `device`, primary: what the device changes from here on goes through `mirror`.
+    ///
+    /// # Errors
+    /// [`End`] where the device has no such engine.
+    fn mirror(&mut self, _mirror: Mirror) -> Result<(), End> {
+        Err(End::environment("this device has no engine 'device'"))
+    }
+
+    /// Engine `device`, primary: completes what is committed, and logs what found no room; gives the marker of the first that is not
+    /// committed.
+    ///
+    /// # Errors
+    /// [`End`].
+    fn committed(&mut self, _committed: Committed, _io: &mut Uring) -> Result<Option<Lsn>, End> {
+        Ok(None)
+    }
+
+    /// Engine `device`, primary: nobody uses the device any more, and nothing is in flight. The last entry.
+    fn power_off(&mut self) {}
+
+    /// Engine `device`, backup: does what the primary did.
+    ///
+    /// # Errors
+    /// [`End::Replica`] where that cannot be done here: this side is no equal any more.
+    fn apply(&mut self, body: &Body<'_>) -> Result<(), End> {
+        Err(End::Replica(format!(
+            "this device cannot follow a {} entry",
+            body.name()
+        )))
     }
 
     /// Whether another kick may be taken: bounce memory is bounded.

@@ -104,6 +104,12 @@ impl Frontends {
         }
     }
 
+    /// Whether the socket is not of our making.
+    #[must_use]
+    pub fn is_inherited(&self) -> bool {
+        !matches!(self, Self::Listening(Listener { path: Some(_), .. }))
+    }
+
     /// A handle for the control thread. What stays here removes the socket's file when the daemon ends.
     ///
     /// # Errors

@@ -1,0 +1,125 @@
+//! Two hosts on this machine: the real ft-log and the real daemon, twice.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use tempfile::TempDir;
+
+use super::support::daemon::{Daemon, text};
+
+/// Sectors of the disk.
+pub(crate) const SECTORS: u64 = 2048;
+
+/// A side of the pair.
+pub(crate) struct Host {
+    pub(crate) directory: TempDir,
+    pub(crate) log: Daemon,
+    pub(crate) blk: Daemon,
+}
+
+impl Host {
+    pub(crate) fn image(&self) -> PathBuf {
+        self.directory.path().join("image")
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.path().join("socket")
+    }
+
+    pub(crate) fn content(&self) -> Vec<u8> {
+        std::fs::read(self.image()).unwrap()
+    }
+
+    /// The power cord; one of its processes dies first.
+    pub(crate) fn kill(self, log_first: bool) {
+        let Self { log, blk, .. } = self;
+        let (first, second) = if log_first { (log, blk) } else { (blk, log) };
+        first.kill();
+        second.kill();
+    }
+}
+
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// `ft-log` of this build, which is another package's.
+fn ft_log() -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_vhost-ft-blk")).with_file_name("ft-log");
+    assert!(path.exists(), "{} is not there: cargo build -p ft-log", path.display());
+    path
+}
+
+/// The daemon, whose files end at so many sectors: POSIX counts them by 512 bytes for `ulimit -f`.
+fn daemon(limit: Option<u64>) -> Command {
+    let program = env!("CARGO_BIN_EXE_vhost-ft-blk");
+    let Some(sectors) = limit else {
+        return Command::new(program);
+    };
+    let mut command = Command::new("sh");
+    let script = format!("trap '' XFSZ; ulimit -f {sectors}; exec \"$0\" \"$@\"");
+    command.args(["-c", &script, program]);
+    command
+}
+
+/// Both sides and what they share.
+pub(crate) struct Pair {
+    pub(crate) primary: Host,
+    pub(crate) backup: Host,
+    pub(crate) _arbiter: TempDir,
+}
+
+impl Pair {
+    /// Starts both sides on equal images; returns when the primary's socket is open. `more` goes to the primary's ft-log.
+    pub(crate) fn start(more: &[&str]) -> Self {
+        Self::start_limited(more, [None; 2])
+    }
+
+    /// The same; the daemon of either side may not write its image beyond so many sectors (primary, backup).
+    pub(crate) fn start_limited(more: &[&str], limits: [Option<u64>; 2]) -> Self {
+        let arbiter = TempDir::new().unwrap();
+        let addresses = [free_address(), free_address()];
+        let start = |primary: bool| {
+            let (role, [listen, peer]) = match primary {
+                true => ("primary", addresses),
+                false => ("backup", [addresses[1], addresses[0]]),
+            };
+            let directory = TempDir::new().unwrap();
+            let path = |name: &str| directory.path().join(name);
+            std::fs::write(path("image"), vec![0; SECTORS as usize * 512]).unwrap();
+            let mut command = Command::new(ft_log());
+            command.args(["--vm", "stock", "--role", role, "--devices", "blk0"]);
+            command.args(["--socket-path", text(&path("log")), "--arbiter", text(arbiter.path())]);
+            command.args(["--listen", &listen.to_string(), "--peer", &peer.to_string()]);
+            // Patient: a busy machine is no failure here. A killed peer's channel is away at once.
+            command.args(["--heartbeat-interval-ms", "100", "--heartbeat-misses", "50"]);
+            command.args(["--channel-timeout-ms", "2000"]);
+            command.args(["--journal", text(&path("journal"))]);
+            std::fs::create_dir(path("journal")).unwrap();
+            command.args(more.iter().filter(|_| primary));
+            let mut log = Daemon::spawn(&mut command);
+            log.wait_line("waiting for");
+            let mut command = daemon(limits[usize::from(!primary)]);
+            command.args([
+                "--socket-path",
+                text(&path("socket")),
+                "--blk-file",
+                text(&path("image")),
+            ]);
+            command.args(["--engine", "device", "--ft-log", text(&path("log")), "--vm", "stock"]);
+            command.args(["--device", "blk0"]);
+            let blk = Daemon::spawn(&mut command);
+            Host { directory, log, blk }
+        };
+        let (backup, mut primary) = (start(false), start(true));
+        primary.blk.wait_line("listening");
+        Self {
+            primary,
+            backup,
+            _arbiter: arbiter,
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Engine `device`: two daemons and two ft-logs, driven by a frontend without a VM.
+
+mod guest;
+mod host;
+mod model;
+#[cfg(not(feature = "control-no-hold"))]
+mod promises;
+#[path = "../../../crates/ft-vhost/tests/support/mod.rs"]
+mod support;
+
+/// A build whose completions do not wait loses what the guest was told, and the judge sees it.
+#[cfg(feature = "control-no-hold")]
+#[test]
+fn completing_before_the_commit_is_caught() {
+    use nix::sys::signal::Signal;
+
+    let host::Pair {
+        primary,
+        mut backup,
+        _arbiter,
+    } = host::Pair::start(&[]);
+    let mut guest = guest::Guest::attach(&primary);
+    guest.write(8, 8);
+    guest.finish();
+    primary.log.signal(Signal::SIGSTOP);
+    guest.write(40, 8);
+    guest.finish();
+    primary.kill(false);
+    backup.blk.wait_line("listening");
+    let wrong = guest.model.violations(&backup.content());
+    assert_eq!(
+        wrong.len(),
+        8,
+        "eight sectors that the guest was told of are lost: {wrong:?}"
+    );
+}
