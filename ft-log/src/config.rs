@@ -7,6 +7,7 @@ use ft_protocol::{
     limits::{DEVICES_MAX, VM_NAME_BYTES_MAX},
     message::Strength,
     replica,
+    versions::Versions,
 };
 
 use crate::{
@@ -289,6 +290,7 @@ impl Config {
     pub fn replica(&self, instance: u64) -> replica::Config {
         replica::Config {
             vm: self.vm.clone(),
+            versions: Versions::SPOKEN,
             primary: self.role == Side::Primary,
             alone: self.alone,
             heartbeat_interval_ns: self.heartbeat_interval_ms * 1_000_000,

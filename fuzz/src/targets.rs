@@ -25,6 +25,7 @@ use ft_protocol::{
     frame,
     limits::{FRAME_BYTES_MAX, HEADER_BYTES},
     message::{Hello, Message, Strength},
+    versions::Versions,
 };
 
 /// What is run on each input.
@@ -278,7 +279,10 @@ pub fn peer(data: &[u8]) {
                 let generations = [0, 1, 2, u32::MAX - 1, u32::MAX];
                 let generation = Generation(generations[usize::from(script.byte()) % generations.len()]);
                 let message = Message::Hello(Hello {
-                    version: frame::VERSION,
+                    versions: Versions {
+                        oldest: Versions::SPOKEN.oldest + u32::from(script.byte() % 2),
+                        newest: Versions::SPOKEN.newest + u32::from(script.byte() % 3),
+                    },
                     vm: VM.into(),
                     primary: !is_primary,
                     fingerprint,

@@ -10,7 +10,7 @@
 //! 22 u16 queue
 //! 24 body
 //! ```
-//! All numbers are little endian. Version 2. A change of this layout is a new [`VERSION`].
+//! All numbers are little endian. Version 2. A change of this layout is a new [`VERSION`], and new [`crate::versions`] between two hosts.
 
 use thiserror::Error;
 
@@ -19,10 +19,10 @@ use crate::{
     limits::{FRAME_BYTES_MAX, HEADER_BYTES},
 };
 
-/// Version of the frame format and of everything in it.
+/// Version of the frame format and of the entries in it: in the rings of a host, its local handshake and its journal. What two hosts say to
+/// each other has [`crate::versions`] of its own.
 ///
-/// 1: first. 2: hello with instance, acknowledgement wanted and last LSN; acknowledgements with three watermarks; heartbeats with
-/// the replay's progress.
+/// 1: first. 2: as version 2 there.
 pub const VERSION: u32 = 2;
 
 /// First kind that is a control message and not a log entry.

@@ -23,6 +23,7 @@ pub mod lag;
 pub mod limits;
 pub mod message;
 pub mod replica;
+pub mod versions;
 
 pub use backlog::Backlog;
 pub use entry::{Body, Position, Stop};

@@ -3,9 +3,10 @@
 //! The logging channel (TCP) carries entries and every message but heartbeats; heartbeats are UDP datagrams of one frame.
 
 use crate::{
-    frame::{self, BodyReader, BodyWriter, FrameError, Header, VERSION},
+    frame::{self, BodyReader, BodyWriter, FrameError, Header},
     ids::{DeviceId, Generation, Lsn},
     limits::{HEADER_BYTES, MESSAGE_BYTES_MAX, VM_NAME_BYTES_MAX},
+    versions::Versions,
 };
 
 /// What an acknowledgement must say of an entry before the outputs it marks may leave.
@@ -82,8 +83,8 @@ pub enum Message {
 /// Who a side is, what it would run, and where it stands.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Hello {
-    /// Frame format version of the sender.
-    pub version: u32,
+    /// What the sender speaks.
+    pub versions: Versions,
     /// The VM.
     pub vm: String,
     /// Whether the sender is the primary.
@@ -97,6 +98,9 @@ pub struct Hello {
     /// The sender's last entry (header LSN).
     pub last: Lsn,
 }
+
+/// Bytes of a hello's body but for the VM's name.
+const HELLO_BYTES: usize = 51;
 
 const KIND_HELLO: u8 = 128;
 const KIND_REFUSE: u8 = 129;
@@ -129,7 +133,7 @@ impl Message {
         let (kind, lsn, length) = match self {
             Self::Hello(hello) => {
                 assert!(hello.vm.len() <= VM_NAME_BYTES_MAX);
-                (KIND_HELLO, hello.last, 46 + hello.vm.len())
+                (KIND_HELLO, hello.last, HELLO_BYTES + hello.vm.len())
             }
             Self::Refuse { reason } => (KIND_REFUSE, Lsn::ZERO, truncated(reason).len()),
             Self::Ack(watermarks) => (KIND_ACK, watermarks.received, 16),
@@ -149,11 +153,13 @@ impl Message {
             let mut body = BodyWriter::new(body);
             match self {
                 Self::Hello(hello) => {
-                    body.u32(hello.version);
+                    body.u32(hello.versions.newest);
                     body.u8(u8::from(hello.primary));
                     body.bytes(&hello.fingerprint);
                     body.u64(hello.instance);
                     body.u8(hello.ack as u8);
+                    body.u32(hello.versions.oldest);
+                    body.u8(hello.vm.len() as u8);
                     body.bytes(hello.vm.as_bytes());
                 }
                 Self::Refuse { reason } | Self::Gone { reason } => body.bytes(truncated(reason).as_bytes()),
@@ -192,24 +198,30 @@ impl Message {
         let mut reader = BodyReader::new(body);
         let message = match kind {
             KIND_HELLO => {
-                let (Some(version), Some(primary), Some(fingerprint)) = (reader.u32(), reader.u8(), reader.array())
+                let (Some(newest), Some(primary), Some(fingerprint)) = (reader.u32(), reader.u8(), reader.array())
                 else {
                     return Err(malformed);
                 };
-                if version != VERSION {
+                if newest < Versions::FIRST_WITH_RANGE {
                     // What follows is another release's affair; the answer names the versions.
-                    return Ok((header.generation, Self::Hello(Hello::of_version(version, primary == 1))));
+                    return Ok((header.generation, Self::Hello(Hello::of_version(newest, primary == 1))));
                 }
-                let (Some(instance), Some(ack)) = (reader.u64(), reader.u8()) else {
+                let (Some(instance), Some(ack), Some(oldest), Some(length)) =
+                    (reader.u64(), reader.u8(), reader.u32(), reader.u8())
+                else {
                     return Err(malformed);
                 };
                 let ack = *Strength::ALL.get(usize::from(ack)).ok_or(malformed)?;
-                let vm = text(reader.rest())?;
-                if vm.len() > VM_NAME_BYTES_MAX || primary > 1 {
+                let vm = text(reader.bytes(length.into()).ok_or(malformed)?)?;
+                if vm.len() > VM_NAME_BYTES_MAX || primary > 1 || oldest > newest {
+                    return Err(malformed);
+                }
+                // Who speaks a newer version may have more to say, which is for those who understand it.
+                if newest <= Versions::SPOKEN.newest && !reader.is_empty() {
                     return Err(malformed);
                 }
                 Self::Hello(Hello {
-                    version,
+                    versions: Versions { oldest, newest },
                     vm,
                     primary: primary == 1,
                     fingerprint,
@@ -255,7 +267,10 @@ impl Hello {
     /// A hello of which no more is understood than its version.
     fn of_version(version: u32, primary: bool) -> Self {
         Self {
-            version,
+            versions: Versions {
+                oldest: version,
+                newest: version,
+            },
             vm: String::new(),
             primary,
             fingerprint: [0; 32],
@@ -268,10 +283,10 @@ impl Hello {
     /// Why `self` (what this side is) cannot be paired with `other`; `None` if it can.
     #[must_use]
     pub fn mismatch(&self, other: &Self) -> Option<String> {
-        if other.version != VERSION {
+        if self.versions.common(other.versions).is_none() {
             return Some(format!(
-                "protocol version {} there, {} here: run the same release on both hosts",
-                other.version, self.version
+                "protocol version {} there, {} here: none is spoken on both hosts, bring the older one to the newer one's release",
+                other.versions, self.versions
             ));
         }
         if other.vm != self.vm {
@@ -304,7 +319,7 @@ mod tests {
 
     fn hello() -> Hello {
         Hello {
-            version: VERSION,
+            versions: Versions::SPOKEN,
             vm: "ledger".into(),
             primary: true,
             fingerprint: [7; 32],
@@ -344,12 +359,46 @@ mod tests {
     #[test]
     fn a_hello_of_another_release_still_says_its_version() {
         let mut bytes = Vec::new();
-        let other = Hello { version: 1, ..hello() };
+        let other = hello_of(2, 2);
         Message::Hello(other).encode(Generation(3), &mut bytes);
         let Ok((_, Message::Hello(read))) = Message::decode(&bytes) else {
             panic!("not read");
         };
-        assert!(hello().mismatch(&read).unwrap().contains("version 1 there"));
+        assert!(hello().mismatch(&read).unwrap().contains("version 2 there, 3 here"));
+    }
+
+    fn hello_of(oldest: u32, newest: u32) -> Hello {
+        let versions = Versions { oldest, newest };
+        Hello { versions, ..hello() }
+    }
+
+    #[test]
+    fn a_hello_of_newer_versions_may_say_more_and_one_of_ours_may_not() {
+        let read = |hello: &Hello, more: &[u8]| {
+            let mut bytes = Vec::new();
+            Message::Hello(hello.clone()).encode(Generation(3), &mut bytes);
+            let (header, body) = frame::read(&bytes).unwrap();
+            let body = [body, more].concat();
+            let mut longer = vec![0; HEADER_BYTES + body.len()];
+            frame::write(&mut longer, &header, body.len(), |out| out.copy_from_slice(&body));
+            Message::decode(&longer).map(|(_, message)| message)
+        };
+        let newer = hello_of(3, 9);
+        assert_eq!(read(&newer, b"more"), Ok(Message::Hello(newer.clone())));
+        assert_eq!(read(&newer, b""), Ok(Message::Hello(newer)));
+        assert!(read(&hello(), b"more").is_err());
+        assert!(read(&hello_of(10, 9), b"").is_err(), "an impossible range");
+    }
+
+    #[test]
+    fn a_range_that_overlaps_is_taken_and_one_that_does_not_is_named() {
+        let backup = |oldest, newest| Hello {
+            primary: false,
+            ..hello_of(oldest, newest)
+        };
+        assert_eq!(hello_of(3, 5).mismatch(&backup(4, 7)), None);
+        let refused = hello_of(3, 5).mismatch(&backup(6, 7)).unwrap();
+        assert!(refused.contains("version 6 to 7 there, 3 to 5 here"), "{refused}");
     }
 
     #[test]
@@ -363,7 +412,7 @@ mod tests {
         assert!(
             hello()
                 .mismatch(&Hello {
-                    version: 9,
+                    versions: hello_of(9, 9).versions,
                     ..backup.clone()
                 })
                 .unwrap()

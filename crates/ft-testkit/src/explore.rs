@@ -12,6 +12,7 @@ use ft_protocol::{
     Action, Event, Generation, Lsn, Place, Replica, Role, Strength, Verdict,
     message::{Hello, Message},
     replica::Config,
+    versions::Versions,
 };
 use stateright::{Model, Property};
 
@@ -164,6 +165,7 @@ impl Small {
             heartbeat_misses: 2,
             channel_timeout_ns: 1 << 30,
             ack: self.ack,
+            versions: Versions::SPOKEN,
             keeps_journal: true,
             lag_target_ns: LATE_NS * 4,
             lag_limit_ns: LATE_NS * 8,

@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 
-use ft_protocol::{Backlog, Committed, Generation, Held, Lsn, Replica, Role, replica::Config};
+use ft_protocol::{Backlog, Committed, Generation, Held, Lsn, Replica, Role, replica::Config, versions::Versions};
 
 use crate::{
     faults::Setting,
@@ -170,6 +170,7 @@ impl Host {
             heartbeat_misses: setting.heartbeat_misses,
             channel_timeout_ns: setting.channel_timeout_ns,
             ack: setting.ack,
+            versions: Versions::SPOKEN,
             keeps_journal: true,
             lag_target_ns: setting.lag_target_ns,
             lag_limit_ns: setting.lag_limit_ns,

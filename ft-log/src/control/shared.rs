@@ -67,6 +67,8 @@ pub struct Figures {
     pub role: Role,
     /// The generation; 0 before pairing.
     pub generation: u32,
+    /// The protocol version of the pair; 0 before pairing.
+    pub version: u32,
     /// Last entry appended or received.
     pub last: u64,
     /// Last entry whose outputs may leave; `u64::MAX` for all.
@@ -162,7 +164,7 @@ pub struct Shared {
 }
 
 /// Places of the figures.
-const NUMBERS: usize = 14;
+const NUMBERS: usize = 15;
 
 impl Shared {
     /// Of a VM that is about to start.
@@ -226,6 +228,7 @@ impl Shared {
             figures.segment,
             figures.segment_bytes,
             figures.journal_waiting_bytes,
+            figures.version.into(),
         ];
         let places: &[AtomicU64; NUMBERS] = &self.numbers;
         places
@@ -273,6 +276,7 @@ impl Shared {
             segment: number(11),
             segment_bytes: number(12),
             journal_waiting_bytes: number(13),
+            version: number(14) as u32,
         }
     }
 
@@ -320,6 +324,7 @@ impl Shared {
             "side": match identity.side { Side::Primary => "primary", Side::Backup => "backup" },
             "role": role_name(now.role),
             "generation": now.generation,
+            "protocol_version": (now.version > 0).then_some(now.version),
             "last_lsn": now.last,
             "committed_lsn": committed,
             "replayed_lsn": is_follower.then_some(now.consumed),

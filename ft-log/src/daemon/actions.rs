@@ -142,7 +142,9 @@ impl Daemon {
         info!("{role:?}, generation {generation}");
         match role {
             Role::Recording | Role::Replaying => {
-                self.events.emit("paired", json!({ "generation": generation.0 }));
+                let version = self.vm.replica.version();
+                self.events
+                    .emit("paired", json!({ "generation": generation.0, "version": version }));
             }
             Role::GoingLive => self.queue.push_back(Event::Consumed {
                 through: self.vm.local.region.consumed().min(replay_end),

@@ -19,6 +19,7 @@ impl Daemon {
         self.shared.publish(&Figures {
             role: replica.role(),
             generation: replica.generation().0,
+            version: replica.version().unwrap_or(0),
             last: replica.last().0,
             committed: vm.local.region.committed().lsn().0,
             consumed: vm.local.region.consumed().0,

@@ -21,6 +21,7 @@ use ft_protocol::{
     frame::{self, VERSION},
     limits::CANDIDATES_MAX,
     message::{Hello, Message, Strength, Watermarks, vm_hash},
+    versions::Versions,
 };
 use nix::sys::{
     signal::Signal,
@@ -233,7 +234,7 @@ pub(crate) fn connect_as_a(world: &World) -> TcpStream {
 
 fn hello() -> Hello {
     Hello {
-        version: VERSION,
+        versions: Versions::SPOKEN,
         vm: VM.into(),
         primary: true,
         fingerprint: fingerprint(),
@@ -341,10 +342,33 @@ fn a_stranger_on_the_backups_port_is_refused_and_the_peer_still_pairs() {
     b.daemon.wait_event("paired");
 }
 
+fn hello_of(oldest: u32, newest: u32) -> Hello {
+    let versions = Versions { oldest, newest };
+    Hello { versions, ..hello() }
+}
+
+#[test]
+fn a_peer_that_speaks_more_versions_or_older_ones_too_is_met_at_the_highest_common_one() {
+    for (oldest, newest) in [(3, 3), (3, 9), (1, 3), (1, 9)] {
+        let world = World::new();
+        let mut b = world.host_with(HostId::B, &[]);
+        let mut stream = connect_as_a(&world);
+        send(&mut stream, &Message::Hello(hello_of(oldest, newest)));
+        let answer = receive(&mut stream);
+        assert!(
+            matches!(&answer, Message::Hello(hello) if hello.versions == Versions::SPOKEN),
+            "{answer:?}"
+        );
+        assert_eq!(b.daemon.wait_event("paired")["version"], 3, "{oldest} to {newest}");
+    }
+}
+
 #[test]
 fn a_hello_that_does_not_fit_is_refused_with_the_reason_on_both_sides() {
     for (wrong, reason) in [
-        (Hello { version: 9, ..hello() }, "version 9"),
+        (hello_of(9, 11), "version 9 to 11 there, 3 here"),
+        // A release that knows no ranges.
+        (hello_of(2, 2), "version 2 there, 3 here"),
         (
             Hello {
                 vm: "other".into(),

@@ -18,9 +18,9 @@ use ft_harness::pair::{Pair, PairSetup};
 use ft_harness::process::{EXITED, Exit, HostProcesses, ProcessSpec};
 use ft_harness::roles::{BLK, FT_LOG, NET, SHIM};
 use ft_harness::topology::HostId;
-use ft_protocol::frame::VERSION;
 use ft_protocol::ids::{Generation, Lsn};
 use ft_protocol::message::{Hello, Message, Strength};
+use ft_protocol::versions::Versions;
 use lab::{Build, variable};
 use tempfile::TempDir;
 
@@ -434,7 +434,7 @@ fn peer_that_protects_another_machine_is_refused() {
     let answer = greet(
         &pair,
         &Hello {
-            version: VERSION,
+            versions: Versions::SPOKEN,
             vm: "another".to_owned(),
             primary: true,
             fingerprint: [0; 32],
@@ -459,11 +459,15 @@ fn peer_of_another_version_is_refused() {
     let directory = tempfile::tempdir().expect("a directory");
     let mut pair = pair(&directory);
     pair.start_hosts(&[HostId::B], soon()).expect("the backup starts");
-    let version = VERSION + 1;
+    let newer = Versions::SPOKEN.newest + 1;
+    let versions = Versions {
+        oldest: newer,
+        newest: newer,
+    };
     let answer = greet(
         &pair,
         &Hello {
-            version,
+            versions,
             vm: "ledger".to_owned(),
             primary: true,
             fingerprint: [0; 32],
@@ -480,7 +484,10 @@ fn peer_of_another_version_is_refused() {
         pair.wait_for_exit(HostId::B, FT_LOG, soon()).expect("it ends"),
         ENVIRONMENT
     );
-    one_line(&pair.log(HostId::B, FT_LOG), &[&format!("protocol version {version}")]);
+    one_line(
+        &pair.log(HostId::B, FT_LOG),
+        &[&format!("protocol version {newer} there, {} here", Versions::SPOKEN)],
+    );
 }
 
 /// Speaks to the backup's logging channel as a primary would, from host A; its answer. A backup whose machine is not

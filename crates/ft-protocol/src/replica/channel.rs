@@ -11,7 +11,6 @@
 
 use super::{Action, Replica, Role};
 use crate::{
-    frame::VERSION,
     ids::{Generation, Lsn},
     message::{Hello, Message, Strength, Watermarks},
 };
@@ -95,7 +94,7 @@ impl Replica {
 
     fn hello(&self) -> Option<Hello> {
         self.fingerprint.map(|fingerprint| Hello {
-            version: VERSION,
+            versions: self.config.versions,
             vm: self.config.vm.clone(),
             primary: self.config.primary,
             fingerprint,
@@ -145,6 +144,9 @@ impl Replica {
         };
         if let Some(reason) = own.mismatch(other) {
             return Some(reason);
+        }
+        if own.versions.common(other.versions) != self.version {
+            return Some(format!("the peer speaks protocol version {} now", other.versions));
         }
         if generation != self.generation {
             return Some(format!(
@@ -226,6 +228,7 @@ impl Replica {
         }
         self.paired = true;
         self.peer_instance = other.instance;
+        self.version = own.versions.common(other.versions);
         self.heard_ns = now_ns;
         self.heartbeat_due_ns = now_ns;
         self.channel.open(now_ns);

@@ -33,6 +33,7 @@ use crate::{
     ids::{Generation, Lsn},
     lag::Lag,
     message::{Message, Strength, Watermarks},
+    versions::Versions,
 };
 
 /// What this side is doing.
@@ -202,6 +203,8 @@ pub enum Action {
 pub struct Config {
     /// The VM.
     pub vm: String,
+    /// What this side speaks: [`Versions::SPOKEN`].
+    pub versions: Versions,
     /// Whether this side was started as primary.
     pub primary: bool,
     /// Primary without a backup from the start.
@@ -234,6 +237,8 @@ pub struct Replica {
     fingerprint: Option<[u8; 32]>,
     claimed: bool,
     paired: bool,
+    /// The version that the pair uses, once paired.
+    version: Option<u32>,
     /// The peer's [`Config::instance`], once paired.
     peer_instance: u64,
     channel: channel::Channel,
@@ -272,6 +277,7 @@ impl Replica {
             fingerprint: None,
             claimed: false,
             paired: false,
+            version: None,
             peer_instance: 0,
             channel: channel::Channel::default(),
             last: Lsn::ZERO,
@@ -302,6 +308,12 @@ impl Replica {
     #[must_use]
     pub fn generation(&self) -> Generation {
         self.generation
+    }
+
+    /// The version that the pair uses, once there is one.
+    #[must_use]
+    pub fn version(&self) -> Option<u32> {
+        self.version
     }
 
     /// Last entry appended or received.

@@ -17,6 +17,7 @@ fn config(primary: bool) -> Config {
         heartbeat_misses: 10,
         channel_timeout_ns: CHANNEL,
         ack: Strength::Received,
+        versions: Versions::SPOKEN,
         keeps_journal: true,
         lag_target_ns: 5 * INTERVAL,
         lag_limit_ns: 50 * INTERVAL,
@@ -41,7 +42,7 @@ fn from_peer(replica: &mut Replica, message: Message) -> Vec<Action> {
 
 fn hello(primary: bool, last: u64) -> Hello {
     Hello {
-        version: crate::frame::VERSION,
+        versions: Versions::SPOKEN,
         vm: "ledger".into(),
         primary,
         fingerprint: [1; 32],
@@ -776,6 +777,57 @@ fn a_backup_without_a_journal_refuses_durable_acknowledgements() {
     let answer = from_peer(&mut backup, Message::Hello(hello));
     assert!(matches!(&answer[0], Action::Send(Message::Refuse { reason }) if reason.contains("--journal")));
     assert_eq!(backup.role(), Role::Halted);
+}
+
+#[test]
+fn a_pair_uses_the_highest_version_that_both_speak_and_a_channel_that_comes_back_does_too() {
+    let range = |oldest, newest| Versions { oldest, newest };
+    let pairing = |primary| {
+        let config = Config {
+            versions: range(3, 5),
+            ..config(primary)
+        };
+        let mut replica = Replica::new(config, 0);
+        step(&mut replica, 0, Event::LocalReady { fingerprint: [1; 32] });
+        let (generation, verdict) = (Generation::FIRST, Verdict::Won);
+        step(&mut replica, 0, Event::Arbiter { generation, verdict });
+        step(&mut replica, 0, Event::ChannelUp);
+        replica
+    };
+    let said = |primary, versions| {
+        Message::Hello(Hello {
+            versions,
+            ..hello(primary, 0)
+        })
+    };
+    for primary in [true, false] {
+        for (theirs, common) in [(range(4, 9), 5), (range(1, 4), 4), (range(3, 3), 3), (range(5, 6), 5)] {
+            let mut replica = pairing(primary);
+            assert_eq!(replica.version(), None);
+            from_peer(&mut replica, said(!primary, theirs));
+            assert_eq!((replica.version(), replica.is_pair()), (Some(common), true), "{theirs}");
+            let again = Hello {
+                versions: range(common, common),
+                ..hello(!primary, 0)
+            };
+            assert_eq!(replica.refusal(Generation::FIRST, &again), None);
+            let other = Hello {
+                versions: range(common + 1, common + 1),
+                ..again
+            };
+            assert!(replica.refusal(Generation::FIRST, &other).unwrap().contains("version"));
+        }
+        let mut replica = pairing(primary);
+        let answer = from_peer(&mut replica, said(!primary, range(6, 9)));
+        let both = "version 6 to 9 there, 3 to 5 here";
+        assert!(
+            answer
+                .iter()
+                .any(|action| matches!(action, Action::Send(Message::Refuse { reason }) if reason.contains(both))),
+            "{answer:?}"
+        );
+        assert_eq!(replica.role(), Role::Halted);
+    }
 }
 
 #[test]
