@@ -181,6 +181,10 @@ pub fn serve(
         queue_size_max: options.queue_size,
         tracks_inflight: alone && guest.tracks_inflight(),
         alone,
+        adds_memory: options
+            .membership
+            .as_ref()
+            .is_none_or(|membership| membership.engine == Engine::Device),
     };
     let (sender, receivers) = session::channel(if alone { threads } else { 1 }).map_err(End::environment)?;
     if let Some(membership) = &options.membership

@@ -3,6 +3,7 @@
 use ft_vhost::guest_side::dirty::GuestMemoryMmap;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::{
     host::{Host, SECTORS},
@@ -34,8 +35,13 @@ impl Guest {
     pub(crate) fn attach(host: &Host) -> Self {
         let memory = memory();
         let driver = BlkDriver::new(&memory, true);
+        // Stock VMMs add memory while they run, and libblkio does not go without.
+        let more = VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        let mut session = Session::negotiate_with(&host.socket(), u64::MAX, 1, more);
+        session.share(&memory);
+        session.start_queue(0, &driver.ring);
         Self {
-            session: Session::start(&host.socket(), &memory, u64::MAX, &[&driver.ring]),
+            session,
             driver,
             _memory: memory,
             model: Model::default(),

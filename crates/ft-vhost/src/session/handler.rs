@@ -277,10 +277,12 @@ impl VhostUserBackendReqHandlerMut for Handler {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE;
-        let alone = VhostUserProtocolFeatures::LOG_SHMFD
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::BACKEND_REQ;
+        let alone = VhostUserProtocolFeatures::LOG_SHMFD | VhostUserProtocolFeatures::BACKEND_REQ;
         features.set(alone, self.description.alone);
+        features.set(
+            VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+            self.description.adds_memory,
+        );
         features.set(
             VhostUserProtocolFeatures::INFLIGHT_SHMFD,
             self.description.tracks_inflight,

@@ -42,6 +42,8 @@ pub struct Description {
     pub tracks_inflight: bool,
     /// Whether the VM may migrate and its disk change under it: not one that is protected.
     pub alone: bool,
+    /// Whether the frontend may add and take memory while queues run: any but the shim.
+    pub adds_memory: bool,
 }
 
 /// Serves frontends one after the other: for ever, or the one that is connected already.

@@ -106,6 +106,7 @@ impl Rows {
 fn bench_blk(arguments: &Arguments) -> Result<bool, HarnessError> {
     let programs = blk::Programs {
         ours: bin_dir(arguments)?.join("vhost-ft-blk"),
+        log: bin_dir(arguments)?.join("ft-log"),
         peer: "qemu-storage-daemon".into(),
     };
     let directory = directory(Medium::Disk)?;

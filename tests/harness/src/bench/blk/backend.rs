@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::pair::{Pair, Side};
 use crate::error::{HarnessError, IoContext};
 
 /// How long a backend may take to listen.
@@ -18,6 +19,8 @@ const START: Duration = Duration::from_secs(10);
 pub struct Programs {
     /// `vhost-ft-blk`.
     pub ours: PathBuf,
+    /// `ft-log`.
+    pub log: PathBuf,
     /// `qemu-storage-daemon`.
     pub peer: PathBuf,
 }
@@ -27,6 +30,8 @@ pub struct Programs {
 pub(super) enum Which {
     /// vhost-ft-blk.
     Ours,
+    /// vhost-ft-blk with engine `device`: everything of both hosts on this one.
+    Protected,
     /// qemu-storage-daemon.
     Peer,
 }
@@ -36,6 +41,8 @@ pub(super) enum Which {
 pub(super) struct Backend {
     child: Child,
     socket: PathBuf,
+    /// What else it needs; ended after it.
+    pair: Option<Pair>,
 }
 
 impl Backend {
@@ -49,12 +56,19 @@ impl Backend {
     ) -> Result<Self, HarnessError> {
         let socket = directory.join("socket");
         let _ = std::fs::remove_file(&socket);
+        let mut pair = match which {
+            Which::Protected => Some(Pair::start(programs, directory, image)?),
+            Which::Ours | Which::Peer => None,
+        };
         let mut command = match which {
-            Which::Ours => {
+            Which::Ours | Which::Protected => {
                 let mut command = Command::new(&programs.ours);
                 command.arg("--socket-path").arg(&socket).arg("--blk-file").arg(image);
                 command.args(["--num-queues", &queues.to_string()]);
                 command.args(direct.then_some("--direct"));
+                if let Some(pair) = &pair {
+                    pair.join(&mut command, Side::Primary);
+                }
                 command
             }
             Which::Peer => {
@@ -93,6 +107,7 @@ impl Backend {
             let mut backend = Self {
                 child,
                 socket: socket.clone(),
+                pair: pair.take(),
             };
             while backend
                 .child
@@ -105,6 +120,7 @@ impl Backend {
                 }
                 std::thread::sleep(Duration::from_millis(5));
             }
+            pair = backend.pair.take();
             if Instant::now() > deadline {
                 let mut said = String::new();
                 let _ = backend

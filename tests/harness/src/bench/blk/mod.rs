@@ -4,9 +4,11 @@
 //!  for each round: for each [Point]: ours, peer:  [backend] starts ─► [load] warms up, measures ─► backend ends
 //!  ─► the medians of all rounds: IOPS, and the backend's CPU time per I/O
 //! ```
+//! Then the daemon with engine `device` next to itself alone, in the same way: `protected` rows.
 
 mod backend;
 mod load;
+mod pair;
 
 use std::path::Path;
 
@@ -23,6 +25,9 @@ pub use self::backend::Programs;
 
 /// Bytes of the image.
 const IMAGE_BYTES: u64 = 1 << 30;
+
+/// And of a protected one, which is copied and read before each measurement.
+const PROTECTED_IMAGE_BYTES: u64 = 128 << 20;
 
 /// What is measured.
 #[derive(Clone, Copy, Debug)]
@@ -110,6 +115,51 @@ pub fn rows(
             "us/I/O",
             "of the backend, less is better".into(),
         ));
+    }
+    protected_rows(programs, directory, rounds, only, row)
+}
+
+/// What replication costs: the disk with everything of both hosts on this one, and the same disk alone.
+fn protected_rows(
+    programs: &Programs,
+    directory: &Path,
+    rounds: u8,
+    only: Option<&str>,
+    mut row: impl FnMut(Row),
+) -> Result<(), HarnessError> {
+    let image = directory.join("protected-image");
+    backend::fill(&image, PROTECTED_IMAGE_BYTES)?;
+    for (pattern, depth) in [
+        (Pattern::RandomWrite, 1),
+        (Pattern::RandomWrite, 32),
+        (Pattern::RandomRead, 1),
+        (Pattern::RandomRead, 32),
+    ] {
+        let load = Load {
+            pattern,
+            depth,
+            queues: 1,
+            polled: false,
+        };
+        let name = format!("protected qd{depth} blk {load} cached");
+        if only.is_some_and(|only| !name.contains(only)) {
+            continue;
+        }
+        let mut measured: [Vec<f64>; 2] = [Vec::new(), Vec::new()];
+        for _ in 0..rounds {
+            for (which, into) in [Which::Protected, Which::Ours].into_iter().zip(&mut measured) {
+                let backend = Backend::start(programs, which, directory, &image, 1, false)?;
+                into.push(load::run(&backend, load, PROTECTED_IMAGE_BYTES)?.iops());
+            }
+        }
+        let conditions = format!(
+            "peer: the same daemon alone; engine device, both hosts on this one, --ack received; {rounds} rounds in turns, \
+             protected {}, alone {}",
+            stats::range(&measured[0]),
+            stats::range(&measured[1])
+        );
+        let [ours, peer] = measured.map(|values| stats::median(&values));
+        row(Row::new(name, ours, peer, "IOPS", conditions));
     }
     Ok(())
 }
