@@ -124,12 +124,18 @@ impl Merger {
         !matches!(self.find(), Ok(None))
     }
 
+    /// Whether somebody waits behind an entry that is claimed and not there yet.
+    pub fn has_gap(&mut self) -> bool {
+        let waits = |ring: &mut Consumer| matches!(ring.is_empty(), Ok(false));
+        self.rings.iter_mut().any(waits) && !self.is_ready()
+    }
+
     /// Whether nobody appended anything.
     ///
     /// # Errors
     /// Who did, or broke a ring.
-    pub fn check_empty(&self) -> Result<(), Violation> {
-        for (seat, ring) in self.rings.iter().enumerate() {
+    pub fn check_empty(&mut self) -> Result<(), Violation> {
+        for (seat, ring) in self.rings.iter_mut().enumerate() {
             let breach = match ring.is_empty() {
                 Ok(true) => continue,
                 Ok(false) => Breach::Uninvited,
@@ -142,8 +148,7 @@ impl Merger {
 
     /// The ring that has the next entry.
     fn find(&mut self) -> Result<Option<usize>, Violation> {
-        for step in 0..self.rings.len() {
-            let seat = (self.recent + step) % self.rings.len();
+        for seat in (self.recent..self.rings.len()).chain(0..self.recent) {
             let violation = |breach| Violation { seat, breach };
             match self.rings[seat].peek_lsn() {
                 Err(error) => return Err(violation(error.into())),
@@ -171,6 +176,17 @@ impl Merger {
         previous_too: bool,
         out: &mut Vec<u8>,
     ) -> Result<Option<Batch>, Violation> {
+        let taken = self.collect(current, previous_too, out);
+        self.rings.iter_mut().for_each(Consumer::release);
+        taken
+    }
+
+    fn collect(
+        &mut self,
+        current: Generation,
+        previous_too: bool,
+        out: &mut Vec<u8>,
+    ) -> Result<Option<Batch>, Violation> {
         let start = out.len();
         let from = self.next;
         let mut power_off = None;
@@ -178,7 +194,7 @@ impl Merger {
             let Some(seat) = self.find()? else { break };
             let violation = |breach| Violation { seat, breach };
             let at = out.len();
-            let popped = self.rings[seat].pop(out).map_err(|error| violation(error.into()))?;
+            let popped = self.rings[seat].take(out).map_err(|error| violation(error.into()))?;
             if popped.is_none() {
                 break;
             }
@@ -217,7 +233,8 @@ impl Merger {
     /// # Errors
     /// The client that is ahead.
     pub fn check_gap(&mut self, now_ns: u64) -> Result<(), Violation> {
-        let waiting = (0..self.rings.len()).find(|seat| !matches!(self.rings[*seat].is_empty(), Ok(true)));
+        let waits = |ring: &mut Consumer| !matches!(ring.is_empty(), Ok(true));
+        let waiting = self.rings.iter_mut().position(waits);
         let Some(seat) = waiting else {
             self.gap = None;
             return Ok(());
@@ -291,7 +308,7 @@ mod tests {
         let mut out = Vec::new();
         let mut take = |merger: &mut Merger| merger.take(Generation(1), false, &mut out).unwrap();
         push(&mut producers[2], 2, 1, SYNC);
-        assert!(!merger.is_ready(), "entry 1 is not there yet");
+        assert!(!merger.is_ready() && merger.has_gap(), "entry 1 is not there yet");
         assert_eq!(take(&mut merger), None);
         push(&mut producers[0], 1, 1, SYNC);
         push(&mut producers[2], 3, 1, SYNC);
@@ -304,7 +321,7 @@ mod tests {
                 reset: false,
             },
         );
-        assert!(merger.is_ready());
+        assert!(merger.is_ready() && !merger.has_gap());
         let batch = take(&mut merger).unwrap();
         assert_eq!(
             (batch.from, batch.through, batch.power_off),
@@ -353,7 +370,7 @@ mod tests {
 
     #[test]
     fn an_entry_where_none_is_expected_names_its_writer() {
-        let (mut producers, merger) = rings(2);
+        let (mut producers, mut merger) = rings(2);
         push(&mut producers[1], 1, 1, SYNC);
         let violation = merger.check_empty().unwrap_err();
         assert_eq!((violation.seat, violation.breach), (1, Breach::Uninvited));

@@ -26,6 +26,11 @@ const ENTRIES: u32 = 128;
 /// Completions of cancellations, which belong to no slot.
 const CANCELLATION: u64 = u64::MAX;
 
+/// A send of at most so many bytes is done as soon as it is handed over, unless the other end has long stopped reading.
+const PROMPT_BYTES: usize = 16 * 1024;
+/// How long a wait lasts that takes a send for prompt which is not.
+const PROMPT_WAIT_NS: u64 = 5_000_000;
+
 /// What an operation works on. It belongs to the operation until its completion hands it back.
 #[derive(Debug)]
 pub enum Memory {
@@ -192,6 +197,8 @@ pub struct Uring<T> {
     ring: IoUring,
     slots: Vec<Option<Slot<T>>>,
     free: Vec<usize>,
+    /// Queued sends that will be done as soon as they are handed over.
+    prompt: usize,
 }
 
 impl<T> std::fmt::Debug for Uring<T> {
@@ -216,6 +223,7 @@ impl<T> Uring<T> {
             ring,
             slots: Vec::new(),
             free: Vec::new(),
+            prompt: 0,
         })
     }
 
@@ -239,6 +247,11 @@ impl<T> Uring<T> {
         !self.ring.submission().is_empty()
     }
 
+    /// Whether something finished, or would with the next [`Uring::enter`].
+    pub fn has_news(&mut self) -> bool {
+        self.ring.submission().taskrun() || !self.ring.completion().is_empty()
+    }
+
     /// Queues an operation; [`Uring::enter`] hands it to the kernel.
     ///
     /// # Errors
@@ -249,6 +262,11 @@ impl<T> Uring<T> {
             self.slots.len() - 1
         });
         let makes_descriptor = matches!(operation, Operation::Accept(_) | Operation::Open(..));
+        let is_prompt = match &operation {
+            Operation::Send(_, bytes, from) => bytes.len() - from <= PROMPT_BYTES,
+            Operation::SendDatagram(..) => true,
+            _ => false,
+        };
         let (entry, memory, descriptor) = prepare(operation);
         self.slots[index] = Some(Slot {
             token,
@@ -262,22 +280,28 @@ impl<T> Uring<T> {
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.enter(None)?;
         }
+        self.prompt += usize::from(is_prompt);
         Ok(())
     }
 
-    /// Hands the queued operations to the kernel and, with a timeout, waits that long for a completion.
+    /// Hands the queued operations to the kernel and, with a timeout, waits that long for a completion. Small sends among them are done
+    /// at once: to have them back is nothing to wake up for, their completions come with the next one.
     ///
     /// # Errors
     /// As io_uring_enter(2); running out of time or being interrupted is none.
     pub fn enter(&mut self, timeout_ns: Option<u64>) -> io::Result<()> {
+        let prompt = std::mem::take(&mut self.prompt);
         let entered = match timeout_ns {
             None => self.ring.submit(),
-            Some(timeout) => {
+            Some(mut timeout) => {
+                if prompt > 0 {
+                    timeout = timeout.min(PROMPT_WAIT_NS);
+                }
                 let time = types::Timespec::new()
                     .sec(timeout / 1_000_000_000)
                     .nsec((timeout % 1_000_000_000) as u32);
                 let arguments = types::SubmitArgs::new().timespec(&time);
-                self.ring.submitter().submit_with_args(1, &arguments)
+                self.ring.submitter().submit_with_args(1 + prompt, &arguments)
             }
         };
         match entered {

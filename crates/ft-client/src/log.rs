@@ -83,29 +83,24 @@ impl LogWriter {
             queue,
             body: *body,
         };
-        let wanted = self.ring.push(length, |out| {
+        self.ring.push(length, |out| {
             entry.encode(out);
         });
-        if urgency == Urgency::Later && self.ring.backlog_bytes() < QUIET_BYTES_MAX {
-            self.quiet = true;
-        } else {
-            self.quiet = false;
-            if wanted {
-                self.ring_doorbell();
-            }
+        self.quiet = urgency == Urgency::Later && !self.ring.has_backlog(QUIET_BYTES_MAX);
+        if !self.quiet && self.ring.must_ring() {
+            self.ring_doorbell();
         }
         Ok(lsn)
     }
 
     /// Whether [`LogWriter::append`] would take an entry with this body without waiting.
-    #[must_use]
-    pub fn has_room(&self, body: &Body<'_>) -> bool {
+    pub fn has_room(&mut self, body: &Body<'_>) -> bool {
         self.ring.fits(body.frame_bytes())
     }
 
     /// Announces what was appended quietly, if anything. A log that is awake looks at its rings before it sleeps.
     pub fn flush(&mut self) {
-        if std::mem::take(&mut self.quiet) && self.ring.consumer_sleeps() {
+        if std::mem::take(&mut self.quiet) && self.ring.must_ring() {
             self.ring_doorbell();
         }
     }
@@ -146,9 +141,11 @@ mod tests {
         consumer.set_sleeping(true);
         assert!(!append(&mut writer, Urgency::Later));
         assert!(append(&mut writer, Urgency::Now));
+        consumer.set_sleeping(true);
         assert!(!append(&mut writer, Urgency::Later) && writer.is_quiet());
         writer.flush();
         assert!(bell.read().is_ok() && !writer.is_quiet());
+        consumer.set_sleeping(true);
         let rung = (0..100_000).find(|_| append(&mut writer, Urgency::Later));
         assert!(rung.is_some(), "a backlog grew without bound");
     }

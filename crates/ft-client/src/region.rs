@@ -167,7 +167,9 @@ impl Region {
     /// Tells the shim that there is something for it: an input is ready, an entry arrived, the role changed.
     pub fn wake_shim(&self) {
         self.memory.word(SHIM_WAKE).fetch_add(1, Ordering::SeqCst);
-        if self.memory.word(SHIM_SLEEPS).load(Ordering::SeqCst) != 0 {
+        // Whoever finds it asleep wakes it; the next one need not.
+        let sleeps = self.memory.word(SHIM_SLEEPS);
+        if sleeps.load(Ordering::SeqCst) != 0 && sleeps.swap(0, Ordering::SeqCst) != 0 {
             futex::wake(self.memory.word(SHIM_WAKE));
         }
     }

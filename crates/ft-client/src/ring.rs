@@ -9,7 +9,8 @@
 //! 4096 data, a power of two
 //! ```
 //! A record is one frame, 8-byte aligned and contiguous; a length of [`WRAP`] skips to the start. Each side trusts only its own
-//! counter: the other's is checked, and every frame is copied out before it is looked at.
+//! counter: the other's is checked, and every frame is copied out before it is looked at. Each remembers what it last saw of the other's
+//! counter, and looks again only when that does not suffice: their lines travel between processors once a batch.
 
 use std::{
     io,
@@ -56,6 +57,8 @@ pub fn create(name: &str) -> io::Result<SharedMemory> {
 pub struct Producer {
     memory: SharedMemory,
     written: u64,
+    /// What was last seen of the consumer's counter.
+    read_seen: u64,
 }
 
 impl Producer {
@@ -71,7 +74,12 @@ impl Producer {
     #[must_use]
     pub fn on(memory: SharedMemory) -> Self {
         let written = memory.long(WRITTEN).load(Ordering::Relaxed);
-        Self { memory, written }
+        let read_seen = memory.long(READ).load(Ordering::Acquire);
+        Self {
+            memory,
+            written,
+            read_seen,
+        }
     }
 
     /// Descriptor of the ring's memory.
@@ -80,15 +88,18 @@ impl Producer {
         self.memory.fd()
     }
 
-    fn used(&self) -> u64 {
-        self.written
-            .wrapping_sub(self.memory.long(READ).load(Ordering::Acquire))
+    /// Whether at most `bytes` are used, as far as was seen; if not, after another look.
+    fn uses_at_most(&mut self, bytes: u64) -> bool {
+        if self.written.wrapping_sub(self.read_seen) <= bytes {
+            return true;
+        }
+        self.read_seen = self.memory.long(READ).load(Ordering::Acquire);
+        self.written.wrapping_sub(self.read_seen) <= bytes
     }
 
-    /// Bytes that are written and not yet consumed.
-    #[must_use]
-    pub fn backlog_bytes(&self) -> usize {
-        (self.used() as usize).min(RING_BYTES)
+    /// Whether `bytes` or more are written and not yet consumed.
+    pub fn has_backlog(&mut self, bytes: usize) -> bool {
+        !self.uses_at_most((bytes as u64).saturating_sub(1))
     }
 
     /// Bytes a record takes, the skip to the start included.
@@ -101,36 +112,38 @@ impl Producer {
 
     /// Whether a frame of `length` bytes fits now.
     #[must_use]
-    pub fn fits(&self, length: usize) -> bool {
-        // A hostile `read` beyond `written` makes `used` huge: no room, and the ring stops. That harms only its own VM.
-        self.used().saturating_add(self.cost(length) as u64) <= RING_BYTES as u64
-    }
-
-    /// Whether the consumer sleeps and wants its doorbell rung for what was pushed before this call.
-    #[must_use]
-    pub fn consumer_sleeps(&self) -> bool {
-        // As in `push`: behind its fence, so that either side sees what the other did.
-        self.memory.word(CONSUMER_SLEEPS).load(Ordering::Relaxed) != 0
+    pub fn fits(&mut self, length: usize) -> bool {
+        // A hostile `read` beyond `written` makes what is used huge: no room, and the ring stops. That harms only its own VM.
+        (RING_BYTES as u64)
+            .checked_sub(self.cost(length) as u64)
+            .is_some_and(|rest| self.uses_at_most(rest))
     }
 
     /// Sleeps until a frame of `length` bytes may fit or `timeout` passes.
-    pub fn wait_for_space(&self, length: usize, timeout: Duration) {
-        let space = self.memory.word(SPACE);
-        let seen = space.load(Ordering::Acquire);
+    pub fn wait_for_space(&mut self, length: usize, timeout: Duration) {
+        let seen = self.memory.word(SPACE).load(Ordering::Acquire);
         self.memory.word(PRODUCER_WAITS).store(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         if !self.fits(length) {
-            futex::wait(space, seen, Some(timeout));
+            futex::wait(self.memory.word(SPACE), seen, Some(timeout));
         }
         self.memory.word(PRODUCER_WAITS).store(0, Ordering::Relaxed);
     }
 
-    /// Appends one frame of exactly `length` bytes that `fill` writes in place, and says whether the consumer sleeps and wants its
-    /// doorbell rung.
+    /// Appends one frame of exactly `length` bytes that `fill` writes in place.
     ///
     /// # Panics
     /// If the frame does not fit: ask [`Producer::fits`] first.
-    pub fn push(&mut self, length: usize, fill: impl FnOnce(&mut [u8])) -> bool {
+    pub fn push(&mut self, length: usize, fill: impl FnOnce(&mut [u8])) {
+        self.stage(length, fill);
+        self.publish();
+    }
+
+    /// As [`Producer::push`], but the consumer sees the frame only with the next [`Producer::publish`].
+    ///
+    /// # Panics
+    /// As [`Producer::push`].
+    pub fn stage(&mut self, length: usize, fill: impl FnOnce(&mut [u8])) {
         assert!(
             length <= FRAME_BYTES_MAX && self.fits(length),
             "frame of {length} bytes does not fit"
@@ -143,9 +156,18 @@ impl Producer {
         }
         self.memory.write_in_place(DATA + offset, length, fill);
         self.written += aligned(length) as u64;
+    }
+
+    /// Shows the consumer what was staged.
+    pub fn publish(&mut self) {
         self.memory.long(WRITTEN).store(self.written, Ordering::Release);
+    }
+
+    /// Whether the consumer sleeps, and nobody has been told so since it lay down: whoever is told must ring its doorbell.
+    pub fn must_ring(&mut self) -> bool {
         fence(Ordering::SeqCst);
-        self.memory.word(CONSUMER_SLEEPS).load(Ordering::Relaxed) != 0
+        let sleeps = self.memory.word(CONSUMER_SLEEPS);
+        sleeps.load(Ordering::Relaxed) != 0 && sleeps.swap(0, Ordering::AcqRel) != 0
     }
 }
 
@@ -154,6 +176,8 @@ impl Producer {
 pub struct Consumer {
     memory: SharedMemory,
     read: u64,
+    /// What was last seen of the producer's counter.
+    written_seen: u64,
 }
 
 impl Consumer {
@@ -169,7 +193,11 @@ impl Consumer {
     #[must_use]
     pub fn on(memory: SharedMemory) -> Self {
         let read = memory.long(READ).load(Ordering::Relaxed);
-        Self { memory, read }
+        Self {
+            memory,
+            read,
+            written_seen: read,
+        }
     }
 
     /// Descriptor of the ring's memory.
@@ -186,9 +214,12 @@ impl Consumer {
         fence(Ordering::SeqCst);
     }
 
-    fn available(&self) -> Result<usize, RingError> {
-        let written = self.memory.long(WRITTEN).load(Ordering::Acquire);
-        let available = written.wrapping_sub(self.read);
+    /// Bytes that wait, as far as was seen; if that are none, after another look.
+    fn available(&mut self) -> Result<usize, RingError> {
+        if self.written_seen == self.read {
+            self.written_seen = self.memory.long(WRITTEN).load(Ordering::Acquire);
+        }
+        let available = self.written_seen.wrapping_sub(self.read);
         if available > RING_BYTES as u64 || !available.is_multiple_of(8) {
             return Err(RingError("the write counter is impossible"));
         }
@@ -199,7 +230,7 @@ impl Consumer {
     ///
     /// # Errors
     /// [`RingError`] when the producer broke the rules.
-    pub fn is_empty(&self) -> Result<bool, RingError> {
+    pub fn is_empty(&mut self) -> Result<bool, RingError> {
         Ok(self.available()? == 0)
     }
 
@@ -248,22 +279,38 @@ impl Consumer {
     /// # Errors
     /// [`RingError`] when the producer broke the rules.
     pub fn pop(&mut self, out: &mut Vec<u8>) -> Result<Option<usize>, RingError> {
+        let taken = self.take(out);
+        self.release();
+        taken
+    }
+
+    /// As [`Consumer::pop`], but the producer gets the room back only with the next [`Consumer::release`].
+    ///
+    /// # Errors
+    /// [`RingError`] when the producer broke the rules.
+    pub fn take(&mut self, out: &mut Vec<u8>) -> Result<Option<usize>, RingError> {
         let Some((offset, length)) = self.next_record()? else {
             return Ok(None);
         };
         let start = out.len();
-        out.resize(start + length, 0);
-        self.memory.read(DATA + offset, &mut out[start..]);
+        self.memory.append_to(DATA + offset, length, out);
         // The length was read before the copy; a producer that changed it since is caught here.
         out[start..start + 4].copy_from_slice(&(length as u32).to_le_bytes());
         self.read += aligned(length) as u64;
+        Ok(Some(length))
+    }
+
+    /// Gives the producer the room of what was taken.
+    pub fn release(&mut self) {
+        if self.memory.long(READ).load(Ordering::Relaxed) == self.read {
+            return;
+        }
         self.memory.long(READ).store(self.read, Ordering::Release);
         fence(Ordering::SeqCst);
         if self.memory.word(PRODUCER_WAITS).load(Ordering::Relaxed) != 0 {
             self.memory.word(SPACE).fetch_add(1, Ordering::Release);
             futex::wake(self.memory.word(SPACE));
         }
-        Ok(Some(length))
     }
 }
 
@@ -328,11 +375,35 @@ mod tests {
     }
 
     #[test]
-    fn a_sleeping_consumer_is_reported_once_it_says_so() {
+    fn a_sleeping_consumer_is_reported_once_each_time_it_lies_down() {
         let (mut producer, consumer) = pair();
-        assert!(!producer.push(24, fill(24, 1)));
+        assert!(!producer.must_ring());
+        for _ in 0..2 {
+            consumer.set_sleeping(true);
+            assert!(producer.must_ring());
+            assert!(!producer.must_ring());
+        }
         consumer.set_sleeping(true);
-        assert!(producer.push(24, fill(24, 2)));
+        consumer.set_sleeping(false);
+        assert!(!producer.must_ring());
+    }
+
+    #[test]
+    fn a_batch_is_seen_and_its_room_given_back_at_once() {
+        let (mut producer, mut consumer) = pair();
+        let mut out = Vec::new();
+        for tag in 1..=2 {
+            producer.stage(24, fill(24, tag));
+            assert_eq!(consumer.take(&mut out), Ok(None));
+        }
+        producer.publish();
+        assert_eq!(consumer.take(&mut out), Ok(Some(24)));
+        assert_eq!(consumer.take(&mut out), Ok(Some(24)));
+        assert_eq!(consumer.take(&mut out), Ok(None));
+        assert_eq!((out.len(), out[23], out[47]), (48, 1, 2));
+        assert!(producer.has_backlog(48) && !producer.has_backlog(49));
+        consumer.release();
+        assert!(!producer.has_backlog(1));
     }
 
     #[test]

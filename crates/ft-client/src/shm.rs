@@ -138,6 +138,19 @@ impl SharedMemory {
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into.as_mut_ptr(), into.len()) }
     }
 
+    /// Appends `length` bytes from `offset` to `out`. The bytes are untrusted and may be torn.
+    pub fn append_to(&self, offset: usize, length: usize, out: &mut Vec<u8>) {
+        let from = self.at(offset, length);
+        out.reserve(length);
+        let end = out.len();
+        // SAFETY: `from` is valid for the length (checked); the Vec has room for it behind its end (just reserved), which is private, so
+        // they do not overlap; all `length` bytes are initialised when the length is set.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from.as_ptr(), out.as_mut_ptr().add(end), length);
+            out.set_len(end + length);
+        }
+    }
+
     /// Copies `bytes` in at `offset`.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         let to = self.at(offset, bytes.len());

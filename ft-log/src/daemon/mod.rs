@@ -4,13 +4,14 @@
 //!   ┌─► completions ─► [receive] entries of the peer ──┐
 //!   │   doorbell, spin ─► [record] entries of clients ─┼─► Replica::step ─► [actions]
 //!   │   deadlines ─────────────────────────────────────┘                        │
-//!   └── enter: submit everything, wait if there was nothing ◄── flush ◄─────────┘
+//!   └── enter: submit everything and wait ◄── flush ◄────────────────────────────┘
 //! ```
-//! One thread a VM owns all of this. It spins for microseconds after work and sleeps in io_uring_enter otherwise. Three things are
+//! One thread a VM owns all of this. It sleeps in io_uring_enter, or looks for entries first where that pays ([polling]). Three things are
 //! plain system calls because they are done at once: ringing an eventfd, waking the shim, and lines for people (log, events).
 
 mod actions;
 mod link;
+mod polling;
 mod receive;
 mod record;
 mod status;
@@ -43,8 +44,10 @@ use crate::{
     uring::Operation,
 };
 
-/// Looks at the rings after work before the loop sleeps: a few microseconds.
-const SPINS: u32 = 100;
+/// Looks at the rings between two looks at the clock.
+const SPINS: u32 = 16;
+/// How long the loop sleeps while an entry is claimed and not there: its writer need not ring.
+const GAP_LOOK_NS: u64 = 100_000;
 /// Between two looks at a replay ring that is full.
 const FULL_RETRY_NS: u64 = 1_000_000;
 /// Between two looks at a replay that trails.
@@ -102,6 +105,8 @@ pub struct Daemon {
     events: Events,
     order_bell: Rc<OwnedFd>,
     doorbell: Rc<OwnedFd>,
+    /// `None` while a read is in flight.
+    doorbell_bytes: Option<Vec<u8>>,
     clients: Clients,
     heartbeats: Option<Heartbeats>,
     vm: Vm,
@@ -135,6 +140,7 @@ impl Daemon {
         let mut daemon = Self {
             clients: Clients::new(&config.vm, parts.socket, ns(config.timers.join_timeout_ms)),
             doorbell: Rc::new(parts.local.doorbell()?),
+            doorbell_bytes: Some(vec![0; BELL_BYTES]),
             ring: parts.ring,
             events: parts.events,
             order_bell: Rc::new(parts.shared.bell()?),
@@ -151,7 +157,7 @@ impl Daemon {
             config,
         };
         daemon.clients.accept(&mut daemon.ring)?;
-        daemon.read_doorbell(vec![0; BELL_BYTES])?;
+        daemon.read_doorbell()?;
         daemon.read_order_bell(vec![0; BELL_BYTES])?;
         if let Some(heartbeats) = &mut daemon.heartbeats {
             heartbeats.receive(&mut daemon.ring)?;
@@ -175,12 +181,10 @@ impl Daemon {
         // What was ordered before there was a ring to be woken by.
         self.obey()?;
         loop {
-            let mut worked = false;
             while let Some(done) = self.ring.next_completion() {
                 self.completed(done)?;
-                worked = true;
             }
-            worked |= self.record()?;
+            self.record()?;
             if self.vm.is_full {
                 self.receive_log()?;
             }
@@ -198,38 +202,55 @@ impl Daemon {
                 let reason = self.reason;
                 return Ok(Over { exit, reason });
             }
-            if worked {
-                if self.ring.has_queued() {
-                    self.ring.enter(None)?;
+            self.tell_shim()?;
+            self.sleep()?;
+        }
+    }
+
+    /// Looks for the next entry as long as that pays; whether it is there.
+    fn look(&mut self) -> io::Result<bool> {
+        let vm = &mut self.vm;
+        if vm.local.merger.is_ready() {
+            return Ok(true);
+        }
+        let is_idle = vm.replica.role() == Role::Recording && vm.replica.acknowledged() >= vm.replica.last();
+        let until_ns = if is_idle { vm.polling.idle(monotonic_ns()) } else { None };
+        let Some(until_ns) = until_ns else { return Ok(false) };
+        if self.ring.has_queued() {
+            self.ring.enter(None)?;
+        }
+        while !self.ring.has_news() && monotonic_ns() < until_ns {
+            for _ in 0..SPINS {
+                if self.vm.local.merger.is_ready() {
+                    return Ok(true);
                 }
-                self.spin();
-            } else {
-                self.sleep()?;
+                std::hint::spin_loop();
             }
         }
+        Ok(false)
     }
 
-    /// Something often follows at once, and waking up costs more than looking.
-    fn spin(&mut self) {
-        for _ in 0..SPINS {
-            if self.vm.local.merger.is_ready() {
-                break;
-            }
-            std::hint::spin_loop();
-        }
-    }
-
+    /// Hands over what is queued and waits for something to do.
     fn sleep(&mut self) -> io::Result<()> {
-        // Whoever appends after this rings; whoever appended before is seen by the second look.
         let listens = self.vm.takes_entries();
+        if listens && self.look()? {
+            return match self.ring.has_queued() {
+                true => self.ring.enter(None),
+                false => Ok(()),
+            };
+        }
+        // Whoever appends after this rings; whoever appended before is seen by the second look.
         if listens {
             self.vm.local.merger.set_sleeping(true);
         }
-        if !(listens && self.vm.local.merger.is_ready()) {
-            let now_ns = monotonic_ns();
-            let wait_ns = self.deadline_ns().saturating_sub(now_ns);
-            self.ring.enter(Some(wait_ns))?;
+        let now_ns = monotonic_ns();
+        let mut wait_ns = self.deadline_ns().saturating_sub(now_ns);
+        if listens && self.vm.local.merger.is_ready() {
+            wait_ns = 0;
+        } else if listens && self.vm.local.merger.has_gap() {
+            wait_ns = wait_ns.min(GAP_LOOK_NS);
         }
+        self.ring.enter(Some(wait_ns))?;
         if listens {
             self.vm.local.merger.set_sleeping(false);
         }
@@ -239,7 +260,7 @@ impl Daemon {
     fn completed(&mut self, done: Done) -> io::Result<()> {
         match done.token {
             Token::Doorbell => {
-                self.read_doorbell(done.memory.into_bytes())?;
+                self.doorbell_bytes = Some(done.memory.into_bytes());
                 self.look_at_consumed()
             }
             Token::Order => {
@@ -297,7 +318,10 @@ impl Daemon {
         }
     }
 
-    fn read_doorbell(&mut self, bytes: Vec<u8>) -> io::Result<()> {
+    fn read_doorbell(&mut self) -> io::Result<()> {
+        let Some(bytes) = self.doorbell_bytes.take() else {
+            return Ok(());
+        };
         let read = Operation::Read(Rc::clone(&self.doorbell), bytes);
         self.ring.submit(Token::Doorbell, read)
     }
@@ -391,15 +415,20 @@ impl Daemon {
         if !(replays || role == Role::Arbitrating && !self.vm.is_primary()) {
             return Ok(());
         }
-        let (last, told) = (self.vm.replica.last(), self.vm.replica.progress().replayed);
-        if told < last && self.vm.replica.awaits_replay() {
-            self.vm.local.region.want_consumed(told.next());
-        }
-        let through = self.vm.local.region.consumed().min(last);
-        if through > told {
+        loop {
+            let (last, told) = (self.vm.replica.last(), self.vm.replica.progress().replayed);
+            if told < last && self.vm.replica.awaits_replay() {
+                self.vm.local.region.want_consumed(told.next());
+            }
+            let through = self.vm.local.region.consumed().min(last);
+            if through <= told {
+                return Ok(());
+            }
             self.handle(Event::Consumed { through })?;
+            if self.vm.replica.progress().replayed == told {
+                return Ok(());
+            }
         }
-        Ok(())
     }
 
     /// A replay that trails is looked at now and then: its progress is what the primary's speed is measured by.
@@ -426,6 +455,7 @@ impl Daemon {
             full,
             silence,
             self.replay_look_ns(),
+            self.news_due_ns(),
         ]
         .into_iter()
         .flatten()
@@ -471,7 +501,8 @@ impl Daemon {
 
     fn flush(&mut self, now_ns: u64) -> io::Result<()> {
         self.flush_link()?;
-        self.vm.journal.pump(&mut self.ring, now_ns)
+        self.vm.journal.pump(&mut self.ring, now_ns)?;
+        self.read_doorbell()
     }
 
     fn end(&mut self, exit: Exit) -> io::Result<()> {

@@ -42,6 +42,7 @@ impl Daemon {
             .append(frames, batch.from, batch.through, monotonic_ns());
         let through = batch.through;
         self.vm.backlog.seal(through);
+        self.vm.polling.took(monotonic_ns());
         self.count(batch, bytes);
         self.handle(Event::Appended { through })?;
         if let Err(failure) = journalled {

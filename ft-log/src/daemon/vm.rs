@@ -4,7 +4,7 @@ use ft_protocol::{Backlog, Lsn, Replica, Role, limits::BACKLOG_BYTES_MAX};
 
 use ft_client::events::monotonic_ns;
 
-use super::link::Link;
+use super::{link::Link, polling::Polling};
 use crate::{
     arbiter::Arbiter,
     config::{Config, Side},
@@ -39,6 +39,12 @@ pub(super) struct Vm {
     pub(super) arbiter_warned: bool,
     /// Received entries wait for room in the replay ring.
     pub(super) is_full: bool,
+    /// Entries came that the shim was not woken for.
+    pub(super) has_news: bool,
+    /// When it was woken last.
+    pub(super) told_shim_ns: u64,
+    /// Whether looking for entries pays.
+    pub(super) polling: Polling,
     /// What the core was told of that.
     pub(super) told_full: bool,
     pub(super) counters: Counters,
@@ -62,6 +68,9 @@ impl Vm {
             arbiter_trouble: None,
             arbiter_warned: false,
             is_full: false,
+            has_news: false,
+            told_shim_ns: 0,
+            polling: Polling::default(),
             told_full: false,
             counters: Counters::default(),
             power_off: None,

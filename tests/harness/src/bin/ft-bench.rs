@@ -47,7 +47,7 @@ struct Arguments {
     /// Rounds whose median is taken.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=50))]
     rounds: u8,
-    /// Of the suite blk: only the rows whose names contain this.
+    /// Of the suite blk: only the rows whose names contain this; of the suite log, only the parts ("commit latency, veth, 1 VM").
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Failovers of each setting.
@@ -198,9 +198,13 @@ fn bench_log(arguments: &Arguments) -> Result<bool, HarnessError> {
     let directory = directory(Medium::Memory)?;
     signals::clean_up(vec![directory.path().to_owned()])?;
     let mut rows = Rows::default();
-    log::rows(&setup.bin_dir, directory.path(), arguments.rounds, &mut |more| {
-        rows.add(more)
-    })?;
+    log::rows(
+        &setup.bin_dir,
+        directory.path(),
+        arguments.rounds,
+        arguments.only.as_deref(),
+        &mut |more| rows.add(more),
+    )?;
     write_json(arguments, &rows)?;
     Ok(true)
 }
