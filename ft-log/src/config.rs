@@ -135,6 +135,9 @@ pub struct Config {
     /// How long the logging channel may be away, or stand still, while heartbeats go on [default: 1000, or 4 heartbeats].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=600_000))]
     pub channel_timeout_ms: Option<u64>,
+    /// How long the backup's replay may apply nothing although entries are there: then this backup is over, and the primary goes on alone.
+    #[arg(long, value_name = "MS", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(100..=3_600_000))]
+    pub replay_timeout_ms: u64,
     /// Lag of the backup's replay from which on the primary is slowed.
     #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=600_000))]
     pub lag_target_ms: u64,
@@ -296,6 +299,7 @@ impl Config {
             heartbeat_interval_ns: self.heartbeat_interval_ms * 1_000_000,
             heartbeat_misses: self.heartbeat_misses,
             channel_timeout_ns: self.channel_timeout_ms() * 1_000_000,
+            replay_timeout_ns: self.replay_timeout_ms * 1_000_000,
             ack: match self.ack {
                 Ack::Received => Strength::Received,
                 Ack::Durable => Strength::Durable,

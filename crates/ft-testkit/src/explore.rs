@@ -164,6 +164,7 @@ impl Small {
             heartbeat_interval_ns: 1 << 20,
             heartbeat_misses: 2,
             channel_timeout_ns: 1 << 30,
+            replay_timeout_ns: 1 << 40,
             ack: self.ack,
             versions: Versions::SPOKEN,
             keeps_journal: true,

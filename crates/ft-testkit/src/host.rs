@@ -169,6 +169,8 @@ impl Host {
             heartbeat_interval_ns: setting.heartbeat_interval_ns,
             heartbeat_misses: setting.heartbeat_misses,
             channel_timeout_ns: setting.channel_timeout_ns,
+            // A replay that hangs is no fault of the simulator.
+            replay_timeout_ns: 1 << 50,
             ack: setting.ack,
             versions: Versions::SPOKEN,
             keeps_journal: true,

@@ -37,6 +37,8 @@ impl Daemon {
     fn exit_after(&self, event: &Event) -> Exit {
         match event {
             Event::LocalFailure { .. } => self.vm.failure,
+            // All that time ends is a backup whose replay hangs.
+            Event::Tick => Exit::LocalFailure,
             Event::Arbiter { .. } => Exit::LostArbitration,
             _ => Exit::Environment,
         }

@@ -213,3 +213,23 @@ fn a_stopped_backup_stops_the_producers_and_no_entry_is_lost() {
     });
     a.wait_committed(Lsn(count));
 }
+
+#[test]
+fn a_backup_whose_replay_hangs_ends_and_the_primary_goes_on_alone() {
+    let world = World::new();
+    let more = ["--replay-timeout-ms", "300", "--heartbeat-misses", "10000"];
+    let (mut a, mut b) = world.pair_with(&more);
+    // Everything of the backup is well but its shim, which applies nothing.
+    let last = a.append(10);
+    let halted = b.daemon.wait_event("halted")["reason"].clone();
+    assert!(
+        halted.as_str().unwrap().contains("applied nothing for 300 ms"),
+        "{halted}"
+    );
+    assert_eq!(b.daemon.wait_code(), 6);
+    let suspected = a.daemon.wait_event("suspect")["reason"].clone();
+    assert_eq!(suspected, "the peer's replica ended");
+    a.wait_role(Role::Live);
+    a.wait_committed(last);
+    assert_eq!(a.region().generation(), Generation(2));
+}

@@ -14,7 +14,7 @@ use std::{
 
 use ft_client::{
     handshake::{DeviceSession, ShimSession, join_device, join_shim},
-    log::Urgency,
+    log::{Ended, Urgency},
     region::Region,
 };
 use ft_protocol::{
@@ -145,6 +145,10 @@ impl World {
         if !more.contains(&"--heartbeat-misses") {
             // A second of silence: a busy machine is not a dead host.
             command.args(["--heartbeat-misses", "50"]);
+        }
+        if !more.contains(&"--replay-timeout-ms") {
+            // The replay is the test's own, and it may take its time.
+            command.args(["--replay-timeout-ms", "3600000"]);
         }
         let mut daemon = Daemon::spawn(&mut command);
         daemon.wait_log("waiting for");
@@ -371,6 +375,11 @@ impl Locals {
         }
     }
 
+    /// Appends `count` entries to a replica that may end meanwhile, see [`append`].
+    pub(crate) fn try_append(&mut self, count: u64) -> Result<Lsn, Ended> {
+        try_append(&mut self.shim, &mut self.devices, count)
+    }
+
     /// Appends `count` entries, see [`append`].
     pub(crate) fn append(&mut self, count: u64) -> Lsn {
         append(&mut self.shim, &mut self.devices, count)
@@ -438,6 +447,11 @@ impl Locals {
 
 /// Appends `count` entries, by turns from the shim and the devices, and gives the last LSN.
 pub(crate) fn append(shim: &mut ShimSession, devices: &mut [DeviceSession], count: u64) -> Lsn {
+    try_append(shim, devices, count).unwrap()
+}
+
+/// The same with a replica that may end meanwhile.
+fn try_append(shim: &mut ShimSession, devices: &mut [DeviceSession], count: u64) -> Result<Lsn, Ended> {
     let mut last = Lsn::ZERO;
     for index in 0..count {
         let payload = vec![index as u8; (index as usize * 37) % 3000];
@@ -451,10 +465,9 @@ pub(crate) fn append(shim: &mut ShimSession, devices: &mut [DeviceSession], coun
                 .append(DeviceId::SHIM, 0, &Body::Sync(Stop::default()), Urgency::Now),
             1 => devices[0].log.append(DeviceId(0), 0, &input, Urgency::Now),
             _ => devices[1].log.append(DeviceId(1), 0, &input, Urgency::Now),
-        }
-        .unwrap();
+        }?;
     }
-    last
+    Ok(last)
 }
 
 /// vmm-sys-util's EventFd lends only a raw descriptor.

@@ -1,7 +1,8 @@
 //! Suspicion, arbitration, the end.
 //!
 //! Three things make a side suspect its peer: silence on channel and heartbeats; a channel that stays away, or (seen by the primary)
-//! stands still with entries under way, while heartbeats go on; and the peer's own word.
+//! stands still with entries under way, while heartbeats go on; and the peer's own word. It gives that word when something local fails, and
+//! a replay that hangs counts as that.
 
 use super::{Action, Replica, Role, Verdict};
 use crate::{
@@ -65,6 +66,7 @@ impl Replica {
     /// even know that it was paired; if this side went live, a later hello of that primary would start the VM a second time.
     fn unpair(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
         self.paired = false;
+        self.replay_still_since_ns = None;
         self.generation = Generation(0);
         actions.push(Action::CloseChannel);
         self.channel_down(now_ns);
@@ -138,6 +140,14 @@ impl Replica {
         }
     }
 
+    /// Something of this replica is broken: the peer is told at once, and this side is over.
+    pub(super) fn fail(&mut self, reason: String, actions: &mut Vec<Action>) {
+        if self.paired {
+            actions.push(Action::Send(Message::Gone { reason: reason.clone() }));
+        }
+        self.halt(reason, actions);
+    }
+
     pub(super) fn halt(&mut self, reason: String, actions: &mut Vec<Action>) {
         self.change_role(Role::Halted, actions);
         actions.push(Action::CloseChannel);
@@ -156,6 +166,17 @@ impl Replica {
             self.break_channel(now_ns, actions);
         }
         if !self.paired || matches!(self.role, Role::Live | Role::GoingLive | Role::Halted) {
+            return;
+        }
+        if self.replay_hangs_at_ns().is_some_and(|at| now_ns >= at) {
+            let timeout_ms = self.config.replay_timeout_ns / 1_000_000;
+            let (replayed, last) = (self.progress.replayed, self.last);
+            self.fail(
+                format!(
+                    "the replay has applied nothing for {timeout_ms} ms: it stands at entry {replayed} and entry {last} is here. The shim or a device daemon of this backup hangs;                      end them and start a new backup (--replay-timeout-ms says how long is too long)"
+                ),
+                actions,
+            );
             return;
         }
         if self.tell_at_ns().is_some_and(|at| now_ns >= at) {

@@ -135,6 +135,7 @@ impl Replica {
         self.last = through;
         self.heard_ns = now_ns;
         self.progress.received = through;
+        self.replay_still_since_ns.get_or_insert(now_ns);
         self.tell(now_ns, actions);
     }
 
@@ -152,11 +153,25 @@ impl Replica {
         if self.config.primary {
             return;
         }
-        self.progress.replayed = self.progress.replayed.max(through.min(self.last));
+        let through = through.min(self.last);
+        if through > self.progress.replayed {
+            self.progress.replayed = through;
+            self.replay_still_since_ns = (through < self.last).then_some(now_ns);
+        }
         let waits = self.ack == Strength::Replayed && self.progress.replayed > self.told.replayed;
         if waits || self.tell_at_ns().is_some_and(|at| now_ns >= at) {
             self.tell(now_ns, actions);
         }
+    }
+
+    /// When a replay that goes on applying nothing has failed. The primary cannot know: heartbeats and acknowledgements come from this
+    /// process, and it would stand still, throttled by the lag, for as long as the replay does.
+    pub(super) fn replay_hangs_at_ns(&self) -> Option<u64> {
+        if self.role != Role::Replaying {
+            return None;
+        }
+        let since = self.replay_still_since_ns?;
+        Some(since.saturating_add(self.config.replay_timeout_ns))
     }
 
     /// When the replay's progress must be told.

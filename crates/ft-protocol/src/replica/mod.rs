@@ -216,6 +216,8 @@ pub struct Config {
     /// How long the channel may be away, or stand still, while heartbeats go on, ns. At half of it a channel that stands still is
     /// broken and connected anew.
     pub channel_timeout_ns: u64,
+    /// Backup: how long its replay may apply nothing although there is something to apply, ns. A replay that hangs is a replica that failed.
+    pub replay_timeout_ns: u64,
     /// Primary: what an acknowledgement must mean.
     pub ack: Strength,
     /// Backup: whether its journal is flushed, so that it can acknowledge durably.
@@ -256,6 +258,8 @@ pub struct Replica {
     told: Watermarks,
     told_ns: u64,
     replay_full: bool,
+    /// Backup: since when there are entries to apply and none was applied.
+    replay_still_since_ns: Option<u64>,
     lag: Lag,
     throttle: u32,
     heard_ns: u64,
@@ -288,6 +292,7 @@ impl Replica {
             told: Watermarks::default(),
             told_ns: now_ns,
             replay_full: false,
+            replay_still_since_ns: None,
             lag: Lag::default(),
             throttle: 0,
             heard_ns: now_ns,
@@ -382,6 +387,7 @@ impl Replica {
             self.ask_again_ns,
             self.break_at_ns(),
             self.tell_at_ns(),
+            self.replay_hangs_at_ns(),
         ]
         .into_iter()
         .flatten()
@@ -424,12 +430,7 @@ impl Replica {
                 }
             }
             Event::Arbiter { generation, verdict } => self.arbiter(now_ns, generation, verdict, actions),
-            Event::LocalFailure { reason } => {
-                if self.paired {
-                    actions.push(Action::Send(Message::Gone { reason: reason.clone() }));
-                }
-                self.halt(reason, actions);
-            }
+            Event::LocalFailure { reason } => self.fail(reason, actions),
             Event::Tick => self.tick(now_ns, actions),
         }
     }

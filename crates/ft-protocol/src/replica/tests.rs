@@ -3,10 +3,14 @@
 use super::*;
 use crate::{limits::THROTTLE_MAX, message::Hello};
 
+mod hanging_replay;
+
 const INTERVAL: u64 = 20_000_000;
 
 /// Longer than the silence until suspicion, as it is by default.
 const CHANNEL: u64 = 50 * INTERVAL;
+/// So long may a replay stand still.
+const REPLAY: u64 = 500 * INTERVAL;
 
 fn config(primary: bool) -> Config {
     Config {
@@ -16,6 +20,7 @@ fn config(primary: bool) -> Config {
         heartbeat_interval_ns: INTERVAL,
         heartbeat_misses: 10,
         channel_timeout_ns: CHANNEL,
+        replay_timeout_ns: REPLAY,
         ack: Strength::Received,
         versions: Versions::SPOKEN,
         keeps_journal: true,

@@ -58,6 +58,9 @@ struct Arguments {
     /// Heartbeats that must be missed before the peer is suspected.
     #[arg(long, value_name = "N")]
     heartbeat_misses: Option<u32>,
+    /// Milliseconds that the backup's replay may stand still.
+    #[arg(long, value_name = "MS")]
+    replay_timeout_ms: Option<u32>,
     /// How long the guest may go without a stop while something waits for it.
     #[arg(long, value_name = "MS")]
     patience_ms: Option<u32>,
@@ -114,6 +117,7 @@ fn demo(arguments: &Arguments) -> Result<bool, HarnessError> {
         ft_log_arguments: options(&[
             ("--heartbeat-interval-ms", arguments.heartbeat_interval_ms),
             ("--heartbeat-misses", arguments.heartbeat_misses),
+            ("--replay-timeout-ms", arguments.replay_timeout_ms),
         ]),
         shim_arguments: options(&[("--patience-ms", arguments.patience_ms)]),
         replay: arguments.replay,
