@@ -11,13 +11,15 @@ use ft_vcpu_shim::{
     lockstep::{
         digest::Digests,
         execution::{End, Execution},
+        history::{AccessKind, Event},
         replay::{Replayer, Successor},
         source::Source,
         timeline::Timeline,
     },
 };
 use tiny::{
-    busy_guest, halted_guest, machine, machine_of, msr_guest, record, record_with, run_recorded, step_clock::StepClock,
+    busy_guest, fault_guest, halted_guest, machine, machine_of, msr_guest, record, record_with, run_recorded,
+    step_clock::StepClock,
 };
 
 struct Frames(std::vec::IntoIter<Vec<u8>>);
@@ -285,4 +287,34 @@ fn a_guest_that_nothing_wakes_is_told_of() {
         what.contains("at exit 1, RIP 0x100002: its interrupts are off"),
         "{what}"
     );
+}
+
+#[test]
+fn an_interrupt_that_meets_a_fault_enters_behind_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine_of(&directory, &fault_guest());
+    let (digests, frames) = record(&args, &directory.path().join("console"));
+    let replayer = Replayer::new(Frames(frames.into_iter()), None);
+    let mut execution = args
+        .load()
+        .unwrap()
+        .power_on(Vec::new(), Box::new(replayer), Box::new(|_, _| {}))
+        .unwrap();
+    assert_eq!(execution.run().unwrap(), End::PowerOff);
+    assert_eq!(execution.digests(), digests);
+    let registers = execution.vcpu().registers();
+    assert_eq!((registers.r8, registers.r9), (20, 20), "interrupts and faults");
+    // Not every KVM forgets it: none is to get the chance.
+    let faults: Vec<_> = execution
+        .history()
+        .all()
+        .filter(|stop| stop.access.kind == AccessKind::MsrRead)
+        .collect();
+    assert_eq!(faults.len(), 20);
+    for stop in faults {
+        assert!(
+            !stop.events().any(|event| matches!(event, Event::Interrupt { .. })),
+            "{stop:?}"
+        );
+    }
 }

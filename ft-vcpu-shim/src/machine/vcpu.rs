@@ -319,9 +319,13 @@ impl Vcpu {
         }
     }
 
-    /// Answers the last MSR exit: with a value, or with a general protection fault.
+    /// Answers the last MSR exit: with a value, or with a general protection fault. At a fault no interrupt can enter: KVM would take both,
+    /// let the fault enter, and forget the interrupt.
     pub fn answer_msr(&mut self, value: Option<u64>) {
         let run = self.vcpu.get_kvm_run();
+        if value.is_none() {
+            run.ready_for_interrupt_injection = 0;
+        }
         // SAFETY: the last exit was KVM_EXIT_X86_RDMSR or WRMSR, so `msr` is the union's valid member.
         let msr = unsafe { &mut run.__bindgen_anon_1.msr };
         msr.error = u8::from(value.is_none());

@@ -89,6 +89,8 @@ global_asm!(
     .global busy_guest_end
     .global halted_guest_start
     .global halted_guest_end
+    .global fault_guest_start
+    .global fault_guest_end
     .global msr_guest_start
     .global msr_guest_end
 
@@ -155,6 +157,58 @@ halted_guest_start:
     guest_ends
 halted_guest_end:
 
+    # 20 times: an RDMSR that faults while the clock's interrupt waits to enter. No automatic EOI: an interrupt that KVM took and the
+    # guest did not see would keep out all that follow. Interrupts are counted in R8, faults in R9.
+fault_guest_start:
+    guest_begins
+    guest_vector 13, 8f
+    mov al, 0x11
+    out 0x20, al
+    out 0xa0, al
+    mov al, 0x20
+    out 0x21, al
+    mov al, 0x28
+    out 0xa1, al
+    mov al, 4
+    out 0x21, al
+    mov al, 2
+    out 0xa1, al
+    mov al, 1
+    out 0x21, al
+    out 0xa1, al
+    xor eax, eax
+    out 0x21, al
+    out 0xa1, al
+    mov r10d, 20
+2:
+    cli
+    mov rax, qword ptr [rbx]
+    mov qword ptr [rbx + 8], rax
+    mov ecx, 0xe7
+    sti
+    nop
+    rdmsr
+    in al, 0x80
+    in al, 0x80
+    dec r10d
+    jnz 2b
+    guest_ends
+6:  inc r8
+    push rax
+    mov qword ptr [rbx + 8], 0
+    mov al, 0x20
+    out 0xa0, al
+    out 0x20, al
+    pop rax
+    iretq
+8:  inc r9
+    add qword ptr [rsp + 8], 2
+    add rsp, 8
+    iretq
+7:  .word 0xfff
+    .quad 0x20000
+fault_guest_end:
+
     # 50 times: read the time stamp counter by RDMSR, into R8, and MPERF, which faults: each fault counts 1 in R9.
 msr_guest_start:
     guest_begins
@@ -192,6 +246,8 @@ unsafe extern "C" {
     static busy_guest_end: u8;
     static halted_guest_start: u8;
     static halted_guest_end: u8;
+    static fault_guest_start: u8;
+    static fault_guest_end: u8;
     static msr_guest_start: u8;
     static msr_guest_end: u8;
 }
@@ -212,6 +268,12 @@ pub fn busy_guest() -> Vec<u8> {
 pub fn halted_guest() -> Vec<u8> {
     // SAFETY: as above.
     elf(unsafe { between(&raw const halted_guest_start, &raw const halted_guest_end) })
+}
+
+/// The guest whose interrupts meet faults.
+pub fn fault_guest() -> Vec<u8> {
+    // SAFETY: as above.
+    elf(unsafe { between(&raw const fault_guest_start, &raw const fault_guest_end) })
 }
 
 /// The guest that reads its host's MSRs.
