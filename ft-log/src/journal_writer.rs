@@ -27,7 +27,7 @@ use tracing::warn;
 use crate::{
     control::shared::JournalState,
     token::{Done, Ring, Token},
-    uring::Operation,
+    uring::{Memory, Operation, Spent},
 };
 
 /// A write that is smaller waits for more, for [`JournalSettings::write_delay_ns`].
@@ -431,7 +431,11 @@ impl JournalWriter {
             }
             // A segment that stays takes room and does no harm.
             (Running::Remove, Err(error)) => {
-                warn!("{}: an old segment could not be removed: {error}", self.path.display())
+                let path = match &done.memory {
+                    Memory::Spent(Spent::Path(path)) => path.to_string_lossy(),
+                    _ => self.path.to_string_lossy(),
+                };
+                warn!("{path}: an old segment could not be removed: {error}");
             }
             (Running::Remove | Running::Close, Ok(_)) => {}
             (Running::Sync, Ok(_)) => self.durable = self.flushable,

@@ -357,3 +357,27 @@ fn a_journal_that_is_being_written_is_neither_cut_nor_archived_nor_written_by_an
     assert_eq!((code, said.as_str()), (Some(7), ""));
     assert!(!read(&directory).unwrap().2, "the tail is still torn");
 }
+
+#[test]
+fn an_old_segment_that_stays_is_named() {
+    let world = World::new();
+    let (mut a, _b) = world.pair_with(&["--journal-segment-kib", "64", "--journal-keep-segments", "1"]);
+    let directory = world.journal(HostId::A);
+    let deadline = Instant::now() + DEADLINE;
+    while ft_client::journal::segments(&directory).unwrap().is_empty() {
+        assert!(Instant::now() < deadline, "no segment was begun");
+        std::thread::yield_now();
+    }
+    // A directory in its place cannot be unlinked. The writer has the file open and goes on with it.
+    let oldest = only_file(&directory);
+    fs::rename(&oldest, world.path("moved")).unwrap();
+    fs::create_dir(&oldest).unwrap();
+    // More than a segment, and an entry that begins the next one.
+    for _ in 0..20 {
+        let last = a.append(20);
+        a.wait_committed(last);
+    }
+    let line = a.daemon.wait_log("an old segment could not be removed");
+    assert!(line.contains(oldest.to_str().unwrap()), "{line}");
+    assert_eq!(a.region().role(), Role::Recording);
+}
