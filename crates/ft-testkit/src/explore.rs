@@ -27,6 +27,8 @@ pub const PROMISE: &str = "nothing is wrong";
 pub enum Flaw {
     /// The backup acknowledges entries that it did not store.
     AckUnstored,
+    /// The backup says that entries are flushed which are only written.
+    AckUnflushed,
     /// The arbiter says yes to everybody.
     YesTwice,
     /// After a break only new entries are sent, under the numbers of the lost ones.
@@ -75,6 +77,8 @@ struct Side {
     incoming: Vec<Packet>,
     /// What it wrote (primary) or stored (backup), by LSN.
     log: Vec<Entry>,
+    /// Backup: entries that its disk would keep.
+    flushed: u64,
     /// Last entry that was given to the channel.
     sent: u64,
     /// Entries that were lost and are not sent again ([`Flaw::Renumber`]).
@@ -139,6 +143,8 @@ pub enum Step {
     Append(u8),
     /// The backup's guest applies an entry.
     Consume,
+    /// The backup's disk has what is in its journal, where outputs wait for that.
+    Flush,
     /// Nothing was heard for long.
     Timeout(u8),
     /// A claim reaches the arbiter.
@@ -181,6 +187,7 @@ impl Small {
             connection: 0,
             incoming: Vec::new(),
             log: Vec::new(),
+            flushed: 0,
             sent: 0,
             skew: 0,
             applied: 0,
@@ -233,6 +240,7 @@ impl Small {
                 let side = &mut state.sides[usize::from(host)];
                 side.committed = side.committed.max(committed.lsn());
                 release(state, host);
+                self.check_flushed(state, host);
             }
             Action::AskArbiter { generation } => {
                 let incarnation = state.sides[usize::from(host)].incarnation;
@@ -253,12 +261,25 @@ impl Small {
         }
     }
 
+    fn flushes(&self) -> bool {
+        self.ack == Strength::Durable
+    }
+
+    /// Where outputs wait for the disk of the backup, none is ahead of it. A side that goes on alone waits for nobody.
+    fn check_flushed(&self, state: &mut State, host: u8) {
+        let side = &state.sides[usize::from(host)];
+        let waits = host == A && matches!(side.replica.role(), Role::Recording | Role::Arbitrating);
+        if self.flushes() && waits && side.committed.0.min(side.applied) > state.sides[1].flushed {
+            state.wrong = Some("an output left that the backup's disk would not keep");
+        }
+    }
+
     fn published(&self, state: &mut State, host: u8, role: Role, generation: Generation) {
         match role {
             Role::Replaying => {
                 let side = &mut state.sides[usize::from(host)];
                 side.log.clear();
-                side.applied = 0;
+                (side.applied, side.flushed) = (0, 0);
             }
             Role::Live | Role::GoingLive => {
                 let side = &state.sides[usize::from(host)];
@@ -307,7 +328,10 @@ impl Small {
                             through,
                         },
                     );
-                    self.drive(state, host, 0, Event::Durable { through });
+                    // A flush takes its time where it matters.
+                    if !self.flushes() || self.flaw == Some(Flaw::AckUnflushed) {
+                        self.drive(state, host, 0, Event::Durable { through });
+                    }
                     if self.flaw == Some(Flaw::AckUnstored) {
                         // What is not there is not waited for either.
                         self.drive(state, host, 0, Event::Consumed { through });
@@ -478,6 +502,9 @@ impl Model for Small {
         if runs(b) && replays && b.applied < b.log.len() as u64 {
             actions.push(Step::Consume);
         }
+        if self.flushes() && runs(b) && replays && b.flushed < b.log.len() as u64 {
+            actions.push(Step::Flush);
+        }
         // A broken channel is connected again at once; how often is bounded by the breaks.
         if a.connection == 0 && a.ready && wants(a) && b.ready && wants(b) && state.connections <= self.breaks {
             actions.push(Step::Connect);
@@ -523,6 +550,11 @@ impl Model for Small {
                 state.sides[1].applied += 1;
                 let through = Lsn(state.sides[1].applied);
                 self.drive(&mut state, 1, 0, Event::Consumed { through });
+            }
+            Step::Flush => {
+                state.sides[1].flushed = state.sides[1].log.len() as u64;
+                let through = Lsn(state.sides[1].flushed);
+                self.drive(&mut state, 1, 0, Event::Durable { through });
             }
             Step::Timeout(host) => {
                 state.sides[usize::from(host)].timeouts -= 1;

@@ -83,7 +83,7 @@ fn the_promise_holds_in_every_order_and_everything_worth_seeing_is_seen() {
 
 #[test]
 fn every_flaw_is_found() {
-    for flaw in [Flaw::AckUnstored, Flaw::YesTwice, Flaw::Renumber] {
+    for flaw in [Flaw::AckUnstored, Flaw::AckUnflushed, Flaw::YesTwice, Flaw::Renumber] {
         let found = ALL.into_iter().find_map(|small| {
             let flaw = Some(flaw);
             explore(Small { flaw, ..small }).0
