@@ -80,6 +80,13 @@ impl Pair {
 
     /// The same; the daemon of either side may not write its image beyond so many sectors (primary, backup).
     pub(crate) fn start_limited(more: &[&str], limits: [Option<u64>; 2]) -> Self {
+        let mut pair = Self::spawn(more, limits, [0; 2]);
+        pair.primary.blk.wait_line("listening");
+        pair
+    }
+
+    /// Starts both sides on images filled with one byte each (primary, backup), and waits for nothing.
+    pub(crate) fn spawn(more: &[&str], limits: [Option<u64>; 2], content: [u8; 2]) -> Self {
         let arbiter = TempDir::new().unwrap();
         let addresses = [free_address(), free_address()];
         let start = |primary: bool| {
@@ -89,7 +96,8 @@ impl Pair {
             };
             let directory = TempDir::new().unwrap();
             let path = |name: &str| directory.path().join(name);
-            std::fs::write(path("image"), vec![0; SECTORS as usize * 512]).unwrap();
+            let byte = content[usize::from(!primary)];
+            std::fs::write(path("image"), vec![byte; SECTORS as usize * 512]).unwrap();
             let mut command = Command::new(ft_log());
             command.args(["--vm", "stock", "--role", role, "--devices", "blk0"]);
             command.args(["--socket-path", text(&path("log")), "--arbiter", text(arbiter.path())]);
@@ -114,8 +122,7 @@ impl Pair {
             let blk = Daemon::spawn(&mut command);
             Host { directory, log, blk }
         };
-        let (backup, mut primary) = (start(false), start(true));
-        primary.blk.wait_line("listening");
+        let (backup, primary) = (start(false), start(true));
         Self {
             primary,
             backup,

@@ -14,8 +14,6 @@ mod support;
 #[cfg(feature = "control-no-hold")]
 #[test]
 fn completing_before_the_commit_is_caught() {
-    use nix::sys::signal::Signal;
-
     let host::Pair {
         primary,
         mut backup,
@@ -24,7 +22,7 @@ fn completing_before_the_commit_is_caught() {
     let mut guest = guest::Guest::attach(&primary);
     guest.write(8, 8);
     guest.finish();
-    primary.log.signal(Signal::SIGSTOP);
+    primary.log.stop();
     guest.write(40, 8);
     guest.finish();
     primary.kill(false);

@@ -95,7 +95,7 @@ fn a_write_is_done_when_the_backup_has_it_and_not_when_it_is_here() {
     guest.write(8, 8);
     guest.finish();
     let before = primary.content();
-    primary.log.signal(Signal::SIGSTOP);
+    primary.log.stop();
     let write = guest.write(40, 8);
     let overlaps = guest.driver.read(44, 8 * 512);
     wait_changed(&primary, 47, &before);
@@ -125,7 +125,7 @@ fn the_loser_halts_and_tells_its_guest_nothing_more() {
     let mut guest = Guest::attach(&primary);
     guest.write(8, 8);
     guest.finish();
-    primary.log.signal(Signal::SIGSTOP);
+    primary.log.stop();
     guest.write(40, 8);
     // The backup hears nothing any more, and takes over.
     backup.blk.wait_line("listening");
@@ -173,6 +173,20 @@ fn a_daemon_that_is_asked_to_end_under_its_guest_hands_over() {
     guest.hear();
     backup.blk.wait_line("listening");
     assert_eq!(guest.model.violations(&backup.content()), [""; 0]);
+}
+
+#[test]
+fn images_that_differ_make_no_pair_and_nobody_serves() {
+    let pair = Pair::spawn(&[], [None; 2], [0, 1]);
+    let sockets = [pair.primary.socket(), pair.backup.socket()];
+    for side in [pair.primary, pair.backup] {
+        let (code, said) = side.blk.wait();
+        assert_eq!(code, Some(4), "{said}");
+        assert!(!said.contains("listening"), "{said}");
+        let (_, said) = side.log.wait();
+        assert!(said.contains("disk image must be identical"), "{said}");
+    }
+    assert!(!sockets[0].exists() && !sockets[1].exists());
 }
 
 /// Sectors up to which the daemon of one side can write.
