@@ -10,7 +10,7 @@
 //! - 2: hello with instance, acknowledgement wanted and last LSN; acknowledgements with three watermarks; heartbeats with the replay's
 //!   progress.
 //! - 3: hello with the range of versions that its sender speaks. Its fields keep their places for ever: a later version may only append
-//!   to them, so that sides without a common version can still tell each other so.
+//!   to them, so that sides without a common version can still tell each other so. Entries of the device engine.
 //!
 //! Releases of 1 and 2 speak one version each, and this one none of them. The table of all formats is in docs/log-format.md.
 
