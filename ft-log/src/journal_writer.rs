@@ -214,6 +214,12 @@ impl JournalWriter {
         self.header = header;
     }
 
+    /// Whether [`JournalWriter::append`] takes so many bytes more, or needs none.
+    #[must_use]
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.state != State::Open || self.waiting_bytes + bytes <= self.settings.backlog_bytes
+    }
+
     /// Appends whole frames, entries `first` to `through`.
     ///
     /// # Errors
@@ -226,7 +232,7 @@ impl JournalWriter {
             return Ok(());
         }
         assert!(frames.len() <= BATCH_BYTES_MAX, "a batch of {} bytes", frames.len());
-        if self.waiting_bytes + frames.len() > self.settings.backlog_bytes {
+        if !self.has_room(frames.len()) {
             let bytes = self.waiting_bytes;
             self.abandon();
             return Err(JournalFailure::Behind {

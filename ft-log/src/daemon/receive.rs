@@ -1,8 +1,8 @@
 //! What the peer sends: entries into the shim's replay ring, messages to the core.
 //!
 //! An entry is acknowledged only after it is in the ring; the shim is woken after the acknowledgement left, and not for every batch. When
-//! the ring is full nothing more is received: TCP then stops the
-//! primary. An entry that is there already came again because the channel broke, and is dropped.
+//! the ring is full nothing more is received: TCP then stops the primary. So it is when outputs wait for this side's journal and its
+//! disk is slower than the log. An entry that is there already came again because the channel broke, and is dropped.
 
 use std::io;
 
@@ -30,7 +30,7 @@ const KIND: usize = 20;
 enum Stop {
     /// The next frame is not there yet.
     Starved,
-    /// The replay ring has no room.
+    /// The replay ring has no room, or a journal that is waited for has none.
     Full,
     /// A control message of this length is next.
     Message(usize),
@@ -81,6 +81,7 @@ impl Daemon {
 
     /// Puts the entries at the start of what was received into the replay ring, and acknowledges them all at once.
     fn store_entries(&mut self) -> io::Result<Stop> {
+        let flushes_first = self.is_waited_for();
         let Some(channel) = &mut self.vm.link.channel else {
             return Ok(Stop::Starved);
         };
@@ -123,7 +124,8 @@ impl Daemon {
                     ));
                 }
             }
-            if !self.vm.local.replay.fits(length) {
+            let is_written = !flushes_first || self.vm.journal.has_room(used - known + length);
+            if !is_written || !self.vm.local.replay.fits(length) {
                 break Stop::Full;
             }
             self.vm.local.replay.stage(length, |out| out.copy_from_slice(bytes));

@@ -24,6 +24,40 @@ fn outputs_wait_for_the_replay_where_that_was_asked_for() {
     a.wait_committed(last);
 }
 
+/// Every batch is flushed, which takes longer than to send it.
+#[test]
+fn a_disk_that_is_slower_than_the_log_slows_the_primary_where_outputs_wait_for_it() {
+    let world = World::new();
+    let more = [
+        "--ack",
+        "durable",
+        "--journal-backlog-mib",
+        "4",
+        "--heartbeat-misses",
+        "1000",
+    ];
+    let (mut a, mut b) = world.pair_with(&more);
+    let count = 20_000;
+    let mut replayed = Lsn::ZERO;
+    std::thread::scope(|scope| {
+        let locals = &mut a.locals;
+        let appended = scope.spawn(move || append(&mut locals.shim, &mut locals.devices, count));
+        while replayed < Lsn(count) {
+            assert_eq!(b.region().role(), Role::Replaying);
+            if let Some(lsn) = b.try_replay() {
+                replayed = lsn;
+                b.consumed(lsn);
+            }
+        }
+        assert_eq!(appended.join().unwrap(), Lsn(count));
+    });
+    a.wait_committed(Lsn(count));
+    assert_eq!(
+        (a.region().role(), b.region().role()),
+        (Role::Recording, Role::Replaying)
+    );
+}
+
 /// A file size limit stands for the full disk.
 #[test]
 fn a_backup_that_cannot_flush_what_outputs_wait_for_ends_and_the_primary_goes_on() {
