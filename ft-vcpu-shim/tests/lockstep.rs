@@ -46,6 +46,13 @@ impl Successor for Frames {
     }
 }
 
+/// The machine, about to execute what was recorded.
+fn replaying(args: &MachineArgs, frames: Vec<Vec<u8>>) -> Result<Execution, Error> {
+    let replayer = Replayer::new(Frames(frames.into_iter()), None);
+    args.load()?
+        .power_on(Vec::new(), Box::new(replayer), Box::new(|_, _| {}))
+}
+
 fn replay(args: &MachineArgs, frames: Vec<Vec<u8>>) -> Result<(End, Digests), Error> {
     replay_with(args, frames, |_| {})
 }
@@ -55,10 +62,7 @@ fn replay_with(
     frames: Vec<Vec<u8>>,
     prepare: impl FnOnce(&mut Execution),
 ) -> Result<(End, Digests), Error> {
-    let replayer = Replayer::new(Frames(frames.into_iter()), None);
-    let mut execution = args
-        .load()?
-        .power_on(Vec::new(), Box::new(replayer), Box::new(|_, _| {}))?;
+    let mut execution = replaying(args, frames)?;
     prepare(&mut execution);
     let end = execution.run()?;
     Ok((end, execution.digests()))
@@ -210,12 +214,7 @@ fn the_hosts_msrs_are_answered_from_the_log_or_fault() {
     // One entry a reading of the counter; its value is in a register at the next exit, so a host's counter would be a divergence.
     index_of_nth_time(&frames, 49);
     assert_eq!(replay(&args, frames.clone()).unwrap(), (End::PowerOff, digests));
-    let replayer = Replayer::new(Frames(frames.into_iter()), None);
-    let mut execution = args
-        .load()
-        .unwrap()
-        .power_on(Vec::new(), Box::new(replayer), Box::new(|_, _| {}))
-        .unwrap();
+    let mut execution = replaying(&args, frames).unwrap();
     execution.run().unwrap();
     let faults = execution.vcpu().registers().r9;
     assert_eq!(faults, 100, "MPERF was read, or KVM's clock set up");
@@ -294,12 +293,7 @@ fn an_interrupt_that_meets_a_fault_enters_behind_it() {
     let directory = tempfile::tempdir().unwrap();
     let args = machine_of(&directory, &fault_guest());
     let (digests, frames) = record(&args, &directory.path().join("console"));
-    let replayer = Replayer::new(Frames(frames.into_iter()), None);
-    let mut execution = args
-        .load()
-        .unwrap()
-        .power_on(Vec::new(), Box::new(replayer), Box::new(|_, _| {}))
-        .unwrap();
+    let mut execution = replaying(&args, frames).unwrap();
     assert_eq!(execution.run().unwrap(), End::PowerOff);
     assert_eq!(execution.digests(), digests);
     let registers = execution.vcpu().registers();

@@ -42,10 +42,7 @@ global_asm!(
     mov qword ptr [rdi + 8], 0
     .endm
 
-    .macro guest_begins
-    mov rsp, 0x7000
-    guest_vector 0x29, 6f
-    lidt [rip + 7f]
+    .macro controllers mode
     mov al, 0x11
     out 0x20, al
     out 0xa0, al
@@ -57,12 +54,19 @@ global_asm!(
     out 0x21, al
     mov al, 2
     out 0xa1, al
-    mov al, 3
+    mov al, \mode
     out 0x21, al
     out 0xa1, al
     xor eax, eax
     out 0x21, al
     out 0xa1, al
+    .endm
+
+    .macro guest_begins
+    mov rsp, 0x7000
+    guest_vector 0x29, 6f
+    lidt [rip + 7f]
+    controllers 3
     mov rbx, 0xd000f000
     xor r8, r8
     xor r9, r9
@@ -162,23 +166,7 @@ halted_guest_end:
 fault_guest_start:
     guest_begins
     guest_vector 13, 8f
-    mov al, 0x11
-    out 0x20, al
-    out 0xa0, al
-    mov al, 0x20
-    out 0x21, al
-    mov al, 0x28
-    out 0xa1, al
-    mov al, 4
-    out 0x21, al
-    mov al, 2
-    out 0xa1, al
-    mov al, 1
-    out 0x21, al
-    out 0xa1, al
-    xor eax, eax
-    out 0x21, al
-    out 0xa1, al
+    controllers 1
     mov r10d, 20
 2:
     cli
