@@ -101,6 +101,12 @@ impl Client {
         Ok(())
     }
 
+    /// Bytes that the socket has not taken yet.
+    #[must_use]
+    pub fn unsent_bytes(&self) -> usize {
+        self.unsent.len()
+    }
+
     /// Both directions are closed.
     #[must_use]
     pub fn is_over(&self) -> bool {

@@ -69,8 +69,7 @@ impl<'b> Service<'b> {
             let now_ns = uptime_ns();
             self.accept(now_ns)?;
             self.transfer(now_ns, Client::fill);
-            self.step(now_ns);
-            self.transfer(now_ns, Client::drain);
+            self.answer(now_ns);
             let power_off = match self.power_off(now_ns) {
                 Ok(()) => return Ok(()),
                 Err(again) => again,
@@ -129,6 +128,23 @@ impl<'b> Service<'b> {
                 place.session.reset(now_ns, &mut self.ledger);
             }
         }
+    }
+
+    /// Answers and sends. Room that sending made is room for answers to requests that are here already, and no socket tells of those.
+    fn answer(&mut self, now_ns: u64) {
+        loop {
+            self.step(now_ns);
+            let unsent = self.unsent_bytes();
+            self.transfer(now_ns, Client::drain);
+            if self.unsent_bytes() >= unsent {
+                return;
+            }
+        }
+    }
+
+    fn unsent_bytes(&self) -> usize {
+        let clients = self.places.iter().filter_map(|place| place.client.as_ref());
+        clients.map(Client::unsent_bytes).sum()
     }
 
     /// Everything that can be done now. The disk finishes what it is given at once, so this goes on until

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use ledger_core::chain::{Head, Record, SECTOR_BYTES};
 use ledger_core::ledger::Buffers;
@@ -178,4 +179,28 @@ fn a_disk_of_something_else_is_not_touched() {
     let opened = opening::open(&mut disk, &mut Buffers::new().group, 8);
     assert_eq!(opened, Err(OpenError::Foreign));
     assert_eq!(std::fs::read(file.path()).expect("the image"), [1; 4096]);
+}
+
+#[test]
+fn answers_for_which_there_was_no_room_come_when_there_is() {
+    let file = disk_file(400);
+    let (service, connect) = serve(file.path(), None);
+    let mut stream = connect();
+    // One that stalls is to fail, not to hang.
+    let patience = Some(Duration::from_secs(60));
+    stream.set_read_timeout(patience).expect("a timeout");
+    assert_eq!(ask(&mut stream, APPEND, 1, &[7; 38]).0, 0);
+    // All at once, and then silence: their answers are several times what the service keeps for one client.
+    let count = 4000;
+    let mut burst = Vec::new();
+    for _ in 0..count {
+        burst.extend(request(READ, 1, b""));
+    }
+    let mut writer = stream.try_clone().expect("a second handle");
+    let sender = thread::spawn(move || writer.write_all(&burst).expect("sent"));
+    for _ in 0..count {
+        assert_eq!(answer(&mut stream).3, [7; 38]);
+    }
+    sender.join().expect("sent");
+    power_off(stream, service);
 }
