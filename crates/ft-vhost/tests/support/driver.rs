@@ -129,6 +129,11 @@ impl Driver {
         head
     }
 
+    /// Whether the device has the chain of this head.
+    pub fn holds(&self, head: u16) -> bool {
+        !self.chains[usize::from(head)].is_empty()
+    }
+
     /// Makes a head available that this driver does not own.
     pub fn publish_head(&mut self, head: u16) {
         self.publish(head);
@@ -243,7 +248,13 @@ pub fn blk_header(kind: u32, sector: u64) -> [u8; 16] {
 pub struct BlkDriver {
     pub ring: Driver,
     slots: u64,
+    /// Which chain each slot was last used for.
+    owners: [Option<u16>; SLOTS],
+    next_slot: usize,
 }
+
+/// Buffers of one queue.
+const SLOTS: usize = 64;
 
 /// A request that was made available.
 #[derive(Clone, Copy, Debug)]
@@ -268,19 +279,37 @@ impl BlkDriver {
     /// The same, whatever is in the rings.
     pub fn fresh_layout(memory: &GuestMemoryMmap, event_idx: bool, size: u16) -> Self {
         let ring = Driver::new(memory, 0x1_0000, size, event_idx);
-        Self { ring, slots: 1 << 20 }
+        Self::on(ring, 1 << 20)
     }
 
     /// The driver of one of the first three queues.
     pub fn of_queue(memory: &GuestMemoryMmap, event_idx: bool, queue: u64) -> Self {
+        let ring = Driver::new(memory, 0x1_0000 * (queue + 1), 64, event_idx);
+        Self::on(ring, (1 << 20) + queue * (8 << 20))
+    }
+
+    fn on(ring: Driver, slots: u64) -> Self {
         Self {
-            ring: Driver::new(memory, 0x1_0000 * (queue + 1), 64, event_idx),
-            slots: (1 << 20) + queue * (8 << 20),
+            ring,
+            slots,
+            owners: [None; SLOTS],
+            next_slot: 0,
         }
     }
 
-    fn slot(&self) -> u64 {
-        self.slots + (u64::from(self.ring.available) % 64) * (128 << 10)
+    /// The slot of the next chain: each in turn, but none that a slow request still has.
+    fn slot(&mut self) -> u64 {
+        let head = self.ring.next_head();
+        for owner in &mut self.owners {
+            owner.take_if(|other| *other == head || !self.ring.holds(*other));
+        }
+        let mut turn = (0..SLOTS).map(|offset| (self.next_slot + offset) % SLOTS);
+        let slot = turn
+            .find(|slot| self.owners[*slot].is_none())
+            .expect("a slot that no request has");
+        self.owners[slot] = Some(head);
+        self.next_slot = slot + 1;
+        self.slots + slot as u64 * (128 << 10)
     }
 
     pub fn write(&mut self, sector: u64, data: &[u8]) -> BlkRequest {
