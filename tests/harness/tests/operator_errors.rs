@@ -428,66 +428,55 @@ fn pair(directory: &TempDir) -> Pair {
 
 #[test]
 fn peer_that_protects_another_machine_is_refused() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let mut pair = pair(&directory);
-    pair.start_hosts(&[HostId::B], soon()).expect("the backup starts");
-    let answer = greet(
-        &pair,
-        &Hello {
-            versions: Versions::SPOKEN,
-            vm: "another".to_owned(),
-            primary: true,
-            fingerprint: [0; 32],
-            instance: 1,
-            ack: Strength::default(),
-            last: Lsn::ZERO,
-        },
-    );
-    assert!(
-        matches!(&answer, Message::Refuse { reason } if reason.contains("another")),
-        "{answer:?}"
-    );
-    assert_eq!(
-        pair.wait_for_exit(HostId::B, FT_LOG, soon()).expect("it ends"),
-        ENVIRONMENT
-    );
-    one_line(&pair.log(HostId::B, FT_LOG), &["'another'"]);
+    let hello = Hello {
+        vm: "another".to_owned(),
+        ..foreign_hello()
+    };
+    refused(&hello, "another", "'another'");
 }
 
 #[test]
 fn peer_of_another_version_is_refused() {
+    let newer = Versions::SPOKEN.newest + 1;
+    let hello = Hello {
+        versions: Versions {
+            oldest: newer,
+            newest: newer,
+        },
+        ..foreign_hello()
+    };
+    let told = format!("protocol version {newer} there, {} here", Versions::SPOKEN);
+    refused(&hello, "version", &told);
+}
+
+/// What a primary of the demo's machine would say, but for its fingerprint.
+fn foreign_hello() -> Hello {
+    Hello {
+        versions: Versions::SPOKEN,
+        vm: "ledger".to_owned(),
+        primary: true,
+        fingerprint: [0; 32],
+        instance: 1,
+        ack: Strength::default(),
+        last: Lsn::ZERO,
+    }
+}
+
+/// A backup that is greeted so answers with this reason, and ends with that line.
+fn refused(hello: &Hello, reason_has: &str, line_has: &str) {
     let directory = tempfile::tempdir().expect("a directory");
     let mut pair = pair(&directory);
     pair.start_hosts(&[HostId::B], soon()).expect("the backup starts");
-    let newer = Versions::SPOKEN.newest + 1;
-    let versions = Versions {
-        oldest: newer,
-        newest: newer,
-    };
-    let answer = greet(
-        &pair,
-        &Hello {
-            versions,
-            vm: "ledger".to_owned(),
-            primary: true,
-            fingerprint: [0; 32],
-            instance: 1,
-            ack: Strength::default(),
-            last: Lsn::ZERO,
-        },
-    );
+    let answer = greet(&pair, hello);
     assert!(
-        matches!(&answer, Message::Refuse { reason } if reason.contains("version")),
+        matches!(&answer, Message::Refuse { reason } if reason.contains(reason_has)),
         "{answer:?}"
     );
     assert_eq!(
         pair.wait_for_exit(HostId::B, FT_LOG, soon()).expect("it ends"),
         ENVIRONMENT
     );
-    one_line(
-        &pair.log(HostId::B, FT_LOG),
-        &[&format!("protocol version {newer} there, {} here", Versions::SPOKEN)],
-    );
+    one_line(&pair.log(HostId::B, FT_LOG), &[line_has]);
 }
 
 /// Speaks to the backup's logging channel as a primary would, from host A; its answer. A backup whose machine is not
