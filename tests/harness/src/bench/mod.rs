@@ -6,7 +6,7 @@
 //!              pair alone, idle, then busy                                            ─► log bytes
 //!  [blk]       the block daemon alone, and qemu-storage-daemon, under one frontend       ─► IOPS, CPU per I/O
 //!  [failover]  many short runs that lose their primary                                ─► the gap clients see
-//!  [log]       bare ft-logs, this program their only client, next to raw TCP in [log_peer] ─► commit latency, throughput
+//!  [log]       bare ft-logs, this program their only client, next to raw TCP and TLS ─► commit latency, throughput
 //! ```
 //!
 //! Nothing here passes or fails by a time: [`row::Row`]s go to a person and to a file.
@@ -18,7 +18,6 @@ pub mod failover;
 pub mod linux;
 pub mod lockstep;
 pub mod log;
-pub mod log_peer;
 pub mod machine;
 pub mod row;
 pub mod stats;

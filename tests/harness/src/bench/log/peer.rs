@@ -8,6 +8,7 @@ use std::time::Instant;
 use nix::sys::resource::{Usage, UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 
+use super::identity::Identities;
 use crate::netns::Namespace;
 
 /// Bytes that a stream's sender hands to the kernel at a time.
@@ -15,22 +16,22 @@ const CHUNK_BYTES: usize = 64 * 1024;
 
 /// Where a connection goes from and to.
 #[derive(Debug, Clone, Copy)]
-pub struct Wire<'a> {
+pub(super) struct Wire<'a> {
     /// How it is called in rows.
-    pub name: &'static str,
+    pub(super) name: &'static str,
     /// The primary's side and its address.
-    pub a: (&'a Namespace, Ipv4Addr),
+    pub(super) a: (&'a Namespace, Ipv4Addr),
     /// The backup's side and its address.
-    pub b: (&'a Namespace, Ipv4Addr),
+    pub(super) b: (&'a Namespace, Ipv4Addr),
 }
 
 /// A stream's speed and price.
 #[derive(Debug, Clone, Copy)]
-pub struct Stream {
+pub(super) struct Stream {
     /// From the first byte to the far end's word that it has the last.
-    pub seconds: f64,
+    pub(super) seconds: f64,
     /// Processor time of both ends.
-    pub cpu_seconds: f64,
+    pub(super) cpu_seconds: f64,
 }
 
 impl Wire<'_> {
@@ -62,7 +63,7 @@ impl Wire<'_> {
     ///
     /// # Errors
     /// A broken connection.
-    pub fn echo_us(&self, count: usize, bytes: usize) -> io::Result<Vec<f64>> {
+    pub(super) fn echo_us(&self, count: usize, bytes: usize) -> io::Result<Vec<f64>> {
         let near = |mut stream: TcpStream| {
             let mut message = vec![0x5a; bytes];
             let one = |_| {
@@ -84,35 +85,18 @@ impl Wire<'_> {
         self.talk(near, far).map(|(times, ())| times)
     }
 
-    /// Sends `bytes` bytes one way.
+    /// Sends `bytes` bytes one way, in a TLS session where identities are given.
     ///
     /// # Errors
     /// A broken connection.
-    pub fn stream(&self, bytes: usize) -> io::Result<Stream> {
-        let near = |mut stream: TcpStream| {
-            let chunk = vec![0x5a; CHUNK_BYTES];
-            let start = Instant::now();
-            let mut left = bytes;
-            while left > 0 {
-                let piece = left.min(chunk.len());
-                stream.write_all(&chunk[..piece])?;
-                left -= piece;
-            }
-            stream.read_exact(&mut [0])?;
-            Ok((start.elapsed().as_secs_f64(), thread_cpu_seconds()?))
+    pub(super) fn stream(&self, bytes: usize, identities: Option<&Identities>) -> io::Result<Stream> {
+        let near = |stream: TcpStream| match identities {
+            Some(identities) => send(identities.connected(stream)?, bytes),
+            None => send(stream, bytes),
         };
-        let far = |mut stream: TcpStream| {
-            let mut chunk = vec![0; CHUNK_BYTES];
-            let mut left = bytes;
-            while left > 0 {
-                let count = stream.read(&mut chunk)?;
-                if count == 0 {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                left -= count;
-            }
-            stream.write_all(&[1])?;
-            thread_cpu_seconds()
+        let far = |stream: TcpStream| match identities {
+            Some(identities) => receive(identities.accepted(stream)?, bytes),
+            None => receive(stream, bytes),
         };
         let ((seconds, near_cpu), far_cpu) = self.talk(near, far)?;
         Ok(Stream {
@@ -120,6 +104,44 @@ impl Wire<'_> {
             cpu_seconds: near_cpu + far_cpu,
         })
     }
+}
+
+/// The sending end of a stream: how long it took, after a byte each way (a session's handshake is no part of it), and what it cost.
+fn send(mut stream: impl Read + Write, bytes: usize) -> io::Result<(f64, f64)> {
+    let chunk = vec![0x5a; CHUNK_BYTES];
+    stream.write_all(&[0])?;
+    stream.flush()?;
+    stream.read_exact(&mut [0])?;
+    let (start, cpu_before) = (Instant::now(), thread_cpu_seconds()?);
+    let mut left = bytes;
+    while left > 0 {
+        let piece = left.min(chunk.len());
+        stream.write_all(&chunk[..piece])?;
+        left -= piece;
+    }
+    stream.flush()?;
+    stream.read_exact(&mut [0])?;
+    Ok((start.elapsed().as_secs_f64(), thread_cpu_seconds()? - cpu_before))
+}
+
+/// The receiving end.
+fn receive(mut stream: impl Read + Write, bytes: usize) -> io::Result<f64> {
+    let mut chunk = vec![0; CHUNK_BYTES];
+    stream.read_exact(&mut [0])?;
+    stream.write_all(&[1])?;
+    stream.flush()?;
+    let cpu_before = thread_cpu_seconds()?;
+    let mut left = bytes;
+    while left > 0 {
+        let count = stream.read(&mut chunk)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        left -= count;
+    }
+    stream.write_all(&[1])?;
+    stream.flush()?;
+    Ok(thread_cpu_seconds()? - cpu_before)
 }
 
 /// Of a thread that was made for one thing.
