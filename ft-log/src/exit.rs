@@ -93,6 +93,18 @@ pub enum StartError {
     /// The identities of the pair cannot be used.
     #[error(transparent)]
     Identity(#[from] crate::tls::IdentityError),
+    /// The host does not let the process have enough files.
+    #[error(
+        "{vms} VMs need up to {needed} open files, and this process may have {hard}: raise its limit (LimitNOFILE= of the unit, or ulimit -n)"
+    )]
+    OpenFiles {
+        /// VMs of the configuration.
+        vms: usize,
+        /// Files they need.
+        needed: u64,
+        /// The hard limit.
+        hard: u64,
+    },
     /// The kernel refuses something.
     #[error("cannot {what}: {source}")]
     Kernel {

@@ -9,6 +9,7 @@
 //! processes lose their socket, and the others go on. The process ends when the last VM does, with the greatest of their statuses. A
 //! bug is another matter: a panic in any thread aborts the process.
 
+mod files;
 mod sockets;
 mod vm;
 
@@ -52,6 +53,7 @@ fn kernel(what: &'static str) -> impl Fn(io::Error) -> StartError {
 /// [`StartError`]: nothing was started, and nothing that was there is damaged. One of several VMs that cannot start is no error here,
 /// unless it is all of them.
 pub fn run(process: Process) -> Result<Exit, StartError> {
+    files::allow(process.vms.len())?;
     // Before there is another thread: each has them blocked then.
     let signals = block_signals().map_err(kernel("block signals"))?;
     let shared = process.vms.iter().map(|config| Shared::new(config).map(Arc::new));

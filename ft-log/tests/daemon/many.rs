@@ -157,6 +157,34 @@ fn work([a, b]: &mut [Locals; 2], from: Lsn) -> Lsn {
     last.next()
 }
 
+/// The command of a host where so many files are allowed, by a limit of that kind.
+fn limited(many: &Many, host: HostId, limit: &str) -> Command {
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", &format!("ulimit {limit} && exec \"$@\""), "sh"])
+        .arg(env!("CARGO_BIN_EXE_ft-log"))
+        .arg("--config")
+        .arg(many.file(host, &[]));
+    command
+}
+
+#[test]
+fn more_files_are_allowed_where_the_host_lets_them_be_and_too_few_are_told_of() {
+    let many = Many::new(8);
+    let mut daemon = Daemon::spawn(&mut limited(&many, HostId::A, "-Sn 64"));
+    for _ in &many.names {
+        daemon.wait_log("waiting for blk0");
+    }
+    let locals: Vec<_> = (0..8).map(|number| many.join(HostId::A, number)).collect();
+    let open = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
+    assert!((64..8 * 96).contains(&open), "{open}");
+    drop((daemon, locals));
+    let mut daemon = Daemon::spawn(&mut limited(&many, HostId::A, "-n 400"));
+    assert_eq!(daemon.wait_code(), 3);
+    let told = "8 VMs need up to 832 open files, and this process may have 400: raise its limit";
+    assert!(daemon.logged.contains(told), "{}", daemon.logged);
+}
+
 #[test]
 fn eight_vms_work_side_by_side_and_end_together() {
     let many = Many::new(8);
