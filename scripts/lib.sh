@@ -182,7 +182,7 @@ need_stock_guest() {
   stock_guest=${FT_CACHE_DIR:-${CARGO_TARGET_DIR:-$repository/target}/stock}/guest-$kernel
   stamp=$(cat "$repository"/scripts/guest-image "$repository"/tests/stock/init "$repository"/tests/stock/jobs/* | sha256sum)
   [ "$stamp" != "$(cat "$stock_guest/stamp" 2>/dev/null)" ] || return 0
-  "$repository/scripts/guest-image" --kernel "$kernel" --out "$stock_guest" --module virtio_blk --module virtio_pci \
+  "$repository/scripts/guest-image" --kernel "$kernel" --out "$stock_guest" --module virtio_blk --module virtio_net --module virtio_pci \
     --program fio --program mkfs.ext4 --program e2fsck --program blkdiscard --program fstrim
   echo "$stamp" >"$stock_guest/stamp"
 }

@@ -42,7 +42,7 @@ impl Addresses {
     #[must_use]
     pub fn announcements(&self, mac: [u8; 6]) -> Vec<Frame> {
         let arps = self.seen.iter().map(|address| frame(mac, ARP, 1, *address));
-        arps.chain([frame(mac, RARP, 3, Ipv4Addr::UNSPECIFIED)]).collect()
+        arps.chain([rarp(mac)]).collect()
     }
 }
 
@@ -58,6 +58,12 @@ fn source(frame: &[u8]) -> Option<Ipv4Addr> {
     let possible =
         !address.is_unspecified() && !address.is_broadcast() && !address.is_multicast() && !address.is_loopback();
     possible.then_some(address)
+}
+
+/// What switches learn from that `mac` is here.
+#[must_use]
+pub fn rarp(mac: [u8; 6]) -> Frame {
+    frame(mac, RARP, 3, Ipv4Addr::UNSPECIFIED)
 }
 
 /// An ARP or RARP request about ourselves.

@@ -1,18 +1,22 @@
 //! Command line, and the way from it to a running daemon.
 
-use std::str::FromStr;
+use std::{os::fd::RawFd, str::FromStr};
 
 use clap::Parser;
 use ft_vhost::{
     conventions::Conventions,
-    daemon::{self, Membership, Signals},
+    daemon::{self, Membership, Options, Signals},
     exit::End,
-    guest_side::{GuestSide, net::NetGuestSide},
+    guest_side::net::{MTUS, PAIRS_MAX, Shape},
 };
 use sha2::{Digest, Sha256};
 use thiserror::Error;
+use tracing::info;
 
-use crate::{nic::Nic, tap::TapName};
+use crate::{
+    nic::Nic,
+    tap::{Tap, TapError, TapName},
+};
 
 /// vhost-user network device on a TAP. Exit codes: 0 ordinary end, 2 wrong usage, 3 environment, 4 halted, 6 this replica failed.
 #[derive(Debug, Parser)]
@@ -20,9 +24,21 @@ use crate::{nic::Nic, tap::TapName};
 pub struct Arguments {
     #[command(flatten)]
     conventions: Conventions,
-    /// An existing TAP interface; opened once the device reaches the outside world.
-    #[arg(long, value_name = "NAME", required_unless_present = "print_capabilities")]
+    /// An existing TAP interface. That of a protected VM is opened once the device reaches the outside world.
+    #[arg(long, value_name = "NAME", required_unless_present_any = ["print_capabilities", "tap_fd"])]
     tap: Option<TapName>,
+    /// Inherited queues of a TAP or macvtap instead, one for each pair, opened with IFF_VNET_HDR and IFF_NO_PI: numbers with commas between.
+    #[arg(long, value_name = "FD", value_delimiter = ',', conflicts_with_all = ["tap", "ft_log"])]
+    tap_fd: Vec<RawFd>,
+    /// Pairs of queues; more than one wants a TAP with multi_queue. A protected VM has one.
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "tap_fd", value_parser = clap::value_parser!(u16).range(1..=i64::from(PAIRS_MAX)))]
+    queue_pairs: u16,
+    /// Threads that serve the queues, at most one for each queue. A protected VM's device has one.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(2 * PAIRS_MAX)))]
+    io_threads: u16,
+    /// MTU that the guest is told, at most the TAP's, which it is without this. A protected VM's guest is told none.
+    #[arg(long, value_name = "BYTES", conflicts_with = "ft_log", value_parser = clap::value_parser!(u16).range(i64::from(*MTUS.start())..))]
+    mtu: Option<u16>,
     /// MAC address of the guest; derived from VM and device (alone: TAP) name without it. The same on both hosts.
     #[arg(long, value_name = "MAC")]
     mac: Option<Mac>,
@@ -73,11 +89,10 @@ impl Mac {
 
 /// Digest of what both hosts must agree on.
 fn fingerprint(mac: Mac) -> [u8; 32] {
-    let guest = NetGuestSide::new(mac.0);
     let mut digest = Sha256::new();
     digest.update(b"net");
     digest.update(mac.0);
-    digest.update(guest.features().to_le_bytes());
+    digest.update(Shape::plain(mac.0).features().to_le_bytes());
     digest.finalize().into()
 }
 
@@ -91,19 +106,63 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
         println!("{capabilities}");
         return Ok(());
     }
-    let tap = arguments.tap.expect("clap asks for it");
     let signals = Signals::take().map_err(End::environment)?;
-    let mac = arguments.mac.unwrap_or_else(|| {
-        Mac::derived(&match conventions.membership() {
-            Some(Membership { vm, device, .. }) => format!("{vm}/{device}"),
-            None => tap.to_string(),
-        })
-    });
+    let options = conventions.options();
+    let Some(Membership { vm, device, .. }) = conventions.membership() else {
+        return run_alone(&arguments, &options, signals);
+    };
+    if arguments.queue_pairs > 1 || arguments.io_threads > 1 {
+        return Err(End::environment(
+            "a protected VM's device has one pair of queues and one thread: leave --queue-pairs and --io-threads out, or --ft-log",
+        ));
+    }
+    let tap = arguments.tap.expect("clap asks for it");
+    let mac = arguments.mac.unwrap_or_else(|| Mac::derived(&format!("{vm}/{device}")));
     // A TAP that is missing is better noticed now than when a failover wants it.
     tap.check().map_err(End::environment)?;
-    let options = conventions.options();
     let make = move || Ok(Nic::new(tap.clone(), mac.0));
     daemon::serve(&options, "vhost-ft-net", 1, make, signals, || Ok(fingerprint(mac)))
+}
+
+/// Runs the device of a VM that is not protected: what the TAP has of queues and offloads is the driver's.
+fn run_alone(arguments: &Arguments, options: &Options, signals: Signals) -> Result<(), End> {
+    let (taps, name) = taps(arguments).map_err(End::environment)?;
+    let mac = arguments.mac.unwrap_or_else(|| Mac::derived(&name.to_string()));
+    let mtu = name.mtu_for(mac.0, arguments.mtu).map_err(End::environment)?;
+    let shape = Shape {
+        mac: mac.0,
+        mtu,
+        pairs: taps.len() as u16,
+        offloads: taps[0].offloads(),
+        free: true,
+    };
+    info!(tap = %name, pairs = shape.pairs, features = format!("{:#x}", shape.features()), "the TAP is ready");
+    let threads = arguments.io_threads.min(shape.queues());
+    let make = move || {
+        let taps = taps.iter().map(Tap::try_clone).collect::<Result<_, _>>();
+        Ok(Nic::on(name.clone(), taps.map_err(End::environment)?, shape))
+    };
+    daemon::serve(options, "vhost-ft-net", threads.into(), make, signals, || {
+        Ok(fingerprint(mac))
+    })
+}
+
+/// The queues the operator named, and whose they are.
+fn taps(arguments: &Arguments) -> Result<(Vec<Tap>, TapName), TapError> {
+    if let Some(name) = &arguments.tap {
+        return Ok((Tap::open_queues(name, arguments.queue_pairs)?, name.clone()));
+    }
+    let mut taps = Vec::new();
+    let mut name: Option<TapName> = None;
+    for fd in &arguments.tap_fd {
+        let (tap, other) = Tap::from_descriptor(*fd)?;
+        match &name {
+            Some(name) if *name != other => return Err(TapError::Different(name.clone(), other)),
+            _ => name = Some(other),
+        }
+        taps.push(tap);
+    }
+    Ok((taps, name.expect("clap asks for a TAP or for a descriptor")))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //!   ├ [hold]      frames that wait for their commit, and how long they did ─► [histogram]
 //!   ├ [overheard] what a backup's TAP heard before it went live
 //!   ├ [announce]  whose addresses the network must learn to find here
-//!   └ [tap]       the host's end
+//!   └ [port]      one queue of the host's end, [tap]
 //! ```
 
 pub mod announce;
@@ -14,4 +14,5 @@ pub mod histogram;
 pub mod hold;
 pub mod nic;
 pub mod overheard;
+pub mod port;
 pub mod tap;

@@ -6,7 +6,7 @@
 //!  go live: announce, send the kept frames (a duplicate is legal on a network), take what was overheard
 //! ```
 
-use std::{collections::VecDeque, io, os::fd::AsRawFd};
+use std::{collections::VecDeque, io};
 
 use ft_client::{
     crash,
@@ -18,20 +18,20 @@ use ft_vhost::{
     exit::End,
     guest_side::{
         BOUNCE, GuestSide,
-        net::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, Frame, HEADER_BYTES, LENGTH_BYTES, NetGuestSide, RECEIVE},
+        net::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, Frame, HEADER_BYTES, LENGTH_BYTES, NetGuestSide, RECEIVE, Shape},
     },
 };
 use serde_json::json;
 use tracing::{info, warn};
 
 use crate::{
-    announce::{Addresses, Repeats},
+    announce::{self, Addresses, Repeats},
     hold::Hold,
     overheard::Overheard,
+    port::Port,
     tap::{Tap, TapName},
 };
 
-const TOKEN_TAP: u64 = 1;
 /// Held bytes beyond which no further kick is answered: the guest stops.
 const HELD_BYTES_MAX: usize = 16 << 20;
 /// Frames of the guest that a backup keeps, newest first.
@@ -41,6 +41,8 @@ const KEPT_AGE_NS: u64 = 5_000_000_000;
 /// Frames and bytes in one input.
 const BATCH_FRAMES_MAX: usize = 64;
 const BATCH_BYTES_MAX: usize = 128 << 10;
+/// Batches taken from the TAP before the guest's own queues are looked at again.
+const BATCHES_MAX: u32 = 4;
 /// How often hold times are reported.
 const HOLD_EVENT_NS: u64 = 500_000_000;
 
@@ -58,11 +60,10 @@ pub struct Nic {
     guest: NetGuestSide,
     mac: [u8; 6],
     tap_name: TapName,
-    tap: Option<Tap>,
+    ports: Vec<Port>,
     life: Life,
-    readable: bool,
-    /// A poll of the TAP is under way.
-    polling: bool,
+    /// Batches taken since the guest's queues were looked at.
+    batches: u32,
     hold: Hold,
     kept: VecDeque<Kept>,
     overheard: Overheard,
@@ -77,17 +78,22 @@ pub struct Nic {
 }
 
 impl Nic {
-    /// A device on the TAP of this name, which is not touched yet.
+    /// A plain device on the TAP of this name, which is not touched yet.
     #[must_use]
     pub fn new(tap_name: TapName, mac: [u8; 6]) -> Self {
+        Self::on(tap_name, Vec::new(), Shape::plain(mac))
+    }
+
+    /// A device on these queues of a TAP, one for each pair.
+    #[must_use]
+    pub fn on(tap_name: TapName, taps: Vec<Tap>, shape: Shape) -> Self {
         Self {
-            guest: NetGuestSide::new(mac),
-            mac,
+            guest: NetGuestSide::with_shape(shape),
+            mac: shape.mac,
             tap_name,
-            tap: None,
+            ports: (0..).zip(taps).map(|(pair, tap)| Port::new(pair, tap)).collect(),
             life: Life::Alone,
-            readable: false,
-            polling: false,
+            batches: 0,
             hold: Hold::default(),
             kept: VecDeque::new(),
             overheard: Overheard::default(),
@@ -102,25 +108,33 @@ impl Nic {
         }
     }
 
-    fn attach(&mut self, io: &mut Uring) -> Result<(), End> {
-        let tap = Tap::open(&self.tap_name).map_err(End::environment)?;
-        self.tap = Some(tap);
-        self.arm(io);
-        info!(tap = %self.tap_name, "attached");
+    fn is_free(&self) -> bool {
+        self.guest.shape().free
+    }
+
+    /// Queues that started or stopped: the TAP's go with them.
+    fn follow_queues(&mut self, io: &mut Uring) -> Result<(), End> {
+        if !self.is_free() {
+            return Ok(());
+        }
+        for (pair, port) in self.ports.iter_mut().enumerate() {
+            let runs = self.guest.is_configured(2 * pair as u16);
+            if runs != port.is_attached() {
+                port.set_attached(runs, io).map_err(|error| {
+                    End::environment(format!("a queue of TAP '{}' is gone: {error}", self.tap_name))
+                })?;
+                let state = if runs { "attached" } else { "detached" };
+                info!(tap = %self.tap_name, pair, "{state}");
+            }
+        }
         Ok(())
     }
 
-    /// Asks to be told when the TAP has something.
-    fn arm(&mut self, io: &mut Uring) {
-        if let Some(tap) = self.tap.as_ref().filter(|_| !self.polling) {
-            io.poll(tap.as_raw_fd(), TOKEN_TAP);
-            self.polling = true;
-        }
-    }
-
     fn send(&mut self, frame: &Frame) {
-        let Some(tap) = &self.tap else { return };
-        if let Err(error) = tap.send(frame.with_header()) {
+        let Some(port) = self.ports.get_mut(frame.pair()) else {
+            return;
+        };
+        if let Err(error) = port.send(frame.with_header()) {
             // As on any wire: lost, counted, and said once.
             if self.unsent == 0 {
                 warn!(%error, "the TAP takes no frames");
@@ -129,7 +143,7 @@ impl Nic {
         }
     }
 
-    fn announce(&mut self) {
+    fn announce_addresses(&mut self) {
         for frame in self.addresses.announcements(self.mac) {
             self.send(&frame);
         }
@@ -147,11 +161,11 @@ impl Nic {
 
     /// Reads one frame; `None`, and a poll for the next, if there is none.
     fn receive(&mut self, io: &mut Uring) -> io::Result<Option<usize>> {
-        let Some(tap) = &self.tap else { return Ok(None) };
+        let Some(port) = self.ports.first_mut() else {
+            return Ok(None);
+        };
         loop {
-            let Some(bytes) = tap.receive(&mut self.received)? else {
-                self.readable = false;
-                self.arm(io);
+            let Some(bytes) = port.receive(&mut self.received, io)? else {
                 return Ok(None);
             };
             if bytes >= HEADER_BYTES + FRAME_BYTES_MIN {
@@ -173,6 +187,24 @@ impl Nic {
             frames += 1;
         }
         Ok(())
+    }
+
+    /// A batch of a queue of the TAP, with the frames' headers, for the first pair that has one and whose guest has taken the last one:
+    /// what it does not take waits in the kernel, which counts what it drops.
+    fn receive_free(&mut self, payload: &mut Vec<u8>, io: &mut Uring) -> io::Result<Option<u16>> {
+        for (pair, port) in self.ports.iter_mut().enumerate() {
+            if !port.is_readable() || self.guest.waits(pair) {
+                continue;
+            }
+            let mut frames = 0;
+            while frames < BATCH_FRAMES_MAX && payload.len() < BATCH_BYTES_MAX && port.receive_onto(payload, io)? {
+                frames += 1;
+            }
+            if frames != 0 {
+                return Ok(Some(2 * pair as u16));
+            }
+        }
+        Ok(None)
     }
 
     /// What arrives while this side follows is not for its guest, unless it goes live soon.
@@ -198,12 +230,48 @@ impl Device for Nic {
         &mut self.guest
     }
 
-    fn start(&mut self, life: Life, io: &mut Uring) -> Result<(), End> {
-        self.life = life;
-        self.attach(io)
+    fn is_network(&self) -> bool {
+        true
     }
 
-    fn perform(&mut self, marker: Option<Lsn>, _io: &mut Uring) -> Result<(), End> {
+    fn set_mtu(&mut self, mtu: u64) -> Result<(), String> {
+        match self.guest.shape().mtu {
+            Some(has) if mtu <= has.into() => Ok(()),
+            has => Err(format!("an MTU of {mtu} is more than the TAP's: {}", has.unwrap_or(0))),
+        }
+    }
+
+    fn announce(&mut self, mac: [u8; 6]) {
+        // One thread is enough to say it: the one that serves the first queue.
+        if self.guest.is_configured(RECEIVE) {
+            info!("the guest came from elsewhere: announced");
+            self.send(&announce::rarp(mac));
+        }
+    }
+
+    fn set_features(&mut self, features: u64) {
+        self.guest.set_features(features);
+        if let (true, Some(port)) = (self.is_free(), self.ports.first())
+            && let Err(error) = port.set_offloads(features)
+        {
+            warn!(%error, "the TAP goes on with the offloads it had");
+        }
+    }
+
+    fn start(&mut self, life: Life, io: &mut Uring) -> Result<(), End> {
+        self.life = life;
+        if !self.is_free() {
+            let tap = Tap::open(&self.tap_name).map_err(End::environment)?;
+            let mut port = Port::new(0, tap);
+            port.set_attached(true, io).map_err(|error| self.tap_gone(&error))?;
+            self.ports = vec![port];
+            info!(tap = %self.tap_name, "attached");
+        }
+        Ok(())
+    }
+
+    fn perform(&mut self, marker: Option<Lsn>, io: &mut Uring) -> Result<(), End> {
+        self.follow_queues(io)?;
         let now_ns = monotonic_ns();
         let mut frames = std::mem::take(&mut self.frames);
         self.guest.take_frames(&mut frames);
@@ -222,10 +290,11 @@ impl Device for Nic {
         Ok(())
     }
 
-    fn complete(&mut self, _completion: Completion, io: &mut Uring) -> Result<(), End> {
-        // The only operation here is the poll of the TAP; an error shows in the read.
-        self.polling = false;
-        self.readable = true;
+    fn complete(&mut self, completion: Completion, io: &mut Uring) -> Result<(), End> {
+        // The only operations here are the polls of the TAP; an error shows in the read.
+        if let Some(port) = self.ports.iter_mut().find(|port| port.is_token(completion.token)) {
+            port.polled();
+        }
         if self.life == Life::Follows {
             self.overhear(io).map_err(|error| self.tap_gone(&error))?;
         }
@@ -233,11 +302,25 @@ impl Device for Nic {
     }
 
     fn take_input(&mut self, io: &mut Uring) -> Result<Option<Input>, End> {
-        if !self.readable {
-            return Ok(None);
-        }
         let mut payload = self.spare.pop().unwrap_or_default();
         payload.clear();
+        if self.is_free() {
+            self.follow_queues(io)?;
+            let received = match self.batches {
+                BATCHES_MAX.. => Ok(None),
+                _ => self.receive_free(&mut payload, io),
+            };
+            let Some(queue) = received.map_err(|error| self.tap_gone(&error))? else {
+                self.recycle(payload);
+                return Ok(None);
+            };
+            self.batches += 1;
+            return Ok(Some(Input { queue, payload }));
+        }
+        if !self.ports.first().is_some_and(Port::is_readable) {
+            self.recycle(payload);
+            return Ok(None);
+        }
         self.receive_batch(&mut payload, io)
             .map_err(|error| self.tap_gone(&error))?;
         if payload.is_empty() {
@@ -262,8 +345,8 @@ impl Device for Nic {
     fn go_live(&mut self, _io: &mut Uring, events: &mut Events) -> Result<(), End> {
         self.life = Life::Live;
         // What was overheard counts as arrived.
-        self.readable = true;
-        self.announce();
+        self.ports.iter_mut().for_each(Port::look_again);
+        self.announce_addresses();
         let now_ns = monotonic_ns();
         self.repeats = Repeats::after(now_ns);
         let mut again = 0;
@@ -302,9 +385,11 @@ impl Device for Nic {
         true
     }
 
-    fn tick(&mut self, now_ns: u64, _io: &mut Uring, events: &mut Events) -> Result<Option<u64>, End> {
+    fn tick(&mut self, now_ns: u64, io: &mut Uring, events: &mut Events) -> Result<Option<u64>, End> {
+        self.batches = 0;
+        self.follow_queues(io)?;
         if self.repeats.take_due(now_ns) {
-            self.announce();
+            self.announce_addresses();
         }
         let times = self.hold.times();
         let mut report_due = None;

@@ -181,6 +181,7 @@ pub fn serve(
         queue_size_max: options.queue_size,
         tracks_inflight: alone && guest.tracks_inflight(),
         alone,
+        network: alone && device.is_network(),
         adds_memory: options
             .membership
             .as_ref()

@@ -5,7 +5,6 @@
 mod support;
 
 mod machine;
-mod qmp;
 
 use std::time::Duration;
 

@@ -1,6 +1,6 @@
 //! The host's side of a TAP, in a network namespace of the test's own.
 
-#![allow(unreachable_pub, reason = "a module of a test binary")]
+#![allow(unreachable_pub, dead_code, reason = "a module of several test binaries")]
 
 use std::{
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -18,12 +18,16 @@ use nix::{
 /// Source address of test frames.
 pub const GUEST: [u8; 4] = [10, 77, 0, 10];
 
+/// Address of the guest's card.
+pub const GUEST_MAC: &str = "52:54:00:01:02:03";
+
 /// A packet socket on a TAP.
 pub struct Wire {
     socket: OwnedFd,
 }
 
-fn ip(arguments: &[&str]) {
+/// Runs `ip` in the namespace of this thread.
+pub fn ip(arguments: &[&str]) {
     let status = Command::new("ip")
         .args(arguments)
         .status()
@@ -45,12 +49,17 @@ pub fn frame(number: u32, length: usize) -> Vec<u8> {
 impl Wire {
     /// Makes the namespace and the TAP, and listens on it.
     pub fn in_a_new_namespace(tap: &str) -> Self {
+        Self::with_options(tap, &[])
+    }
+
+    /// The same with a TAP that has more options of `ip tuntap`.
+    pub fn with_options(tap: &str, options: &[&str]) -> Self {
         unshare(CloneFlags::CLONE_NEWNET).expect("a new network namespace: this test needs root");
         assert!(
             std::path::Path::new("/dev/net/tun").exists(),
             "this test needs /dev/net/tun"
         );
-        ip(&["tuntap", "add", tap, "mode", "tap"]);
+        ip(&[&["tuntap", "add", tap, "mode", "tap"], options].concat());
         // Nothing of the host's own on this wire.
         std::fs::write(format!("/proc/sys/net/ipv6/conf/{tap}/disable_ipv6"), "1").ok();
         ip(&["link", "set", tap, "up"]);
@@ -102,5 +111,22 @@ impl Wire {
     /// Sends a frame to the daemon.
     pub fn send(&self, frame: &[u8]) {
         assert_eq!(send(self.socket.as_raw_fd(), frame, MsgFlags::empty()), Ok(frame.len()));
+    }
+
+    /// What is there and nobody reads.
+    pub fn drain(&self) {
+        let (mut sent, mut received) = (0, 0);
+        self.longest(&mut sent, &mut received);
+    }
+
+    /// Notes the longest frames the guest sent and was sent among those that are there.
+    pub fn longest(&self, sent: &mut usize, received: &mut usize) {
+        let mut buffer = [0; 14];
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
+        while let Ok(length) = recv(self.socket.as_raw_fd(), &mut buffer, flags) {
+            let of_guest = buffer[6..12] == [0x52, 0x54, 0, 1, 2, 3];
+            let longest = if of_guest { &mut *sent } else { &mut *received };
+            *longest = length.max(*longest);
+        }
     }
 }

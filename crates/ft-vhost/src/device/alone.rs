@@ -351,6 +351,8 @@ impl<D: Device> Alone<D> {
                 return Ok(Answer::Config(self.device.config()));
             }
             SharedCommand::Resize(bytes) => return self.device.resize(bytes).map(Answer::Config),
+            SharedCommand::Announce(mac) => self.device.announce(mac),
+            SharedCommand::Mtu(mtu) => self.device.set_mtu(mtu)?,
             // Taken between two writes to guest memory, it is between them.
             SharedCommand::Barrier => {}
             SharedCommand::Close => {

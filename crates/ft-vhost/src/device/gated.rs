@@ -249,6 +249,9 @@ impl<D: Device> Gated<D> {
                 return Err("the configuration space of a protected VM is read-only".into());
             }
             Command::Shared(SharedCommand::Resize(_)) => return Err("the disk of a protected VM keeps its size".into()),
+            Command::Shared(SharedCommand::Announce(_) | SharedCommand::Mtu(_)) => {
+                return Err("a protected VM's network is announced at go-live, and its guest is told no MTU".into());
+            }
             Command::Shared(SharedCommand::Left | SharedCommand::Close) => debug!("the shim's connection ended"),
             // Kicks and interrupts go through the gate.
             Command::Queue(queue, QueueCommand::Start { setup, .. }) => guest

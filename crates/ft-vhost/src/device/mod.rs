@@ -89,6 +89,22 @@ pub trait Device {
         Err("this device has no size".into())
     }
 
+    /// Whether it is a network device, which frontends tell [its MTU](Device::set_mtu) and when to [announce](Device::announce) it.
+    fn is_network(&self) -> bool {
+        false
+    }
+
+    /// The guest is told this MTU.
+    ///
+    /// # Errors
+    /// Why it cannot be.
+    fn set_mtu(&mut self, _mtu: u64) -> Result<(), String> {
+        Err("this device has no MTU".into())
+    }
+
+    /// The guest came from elsewhere: the network is to learn that its address is here now.
+    fn announce(&mut self, _mac: [u8; 6]) {}
+
     /// The device begins its life.
     ///
     /// # Errors

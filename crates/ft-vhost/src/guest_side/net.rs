@@ -5,16 +5,14 @@
 //!  kick(0): buffers were added ─► frames that waited for some go to guest memory
 //!  deliver: payload = frames ─► next receive chains, used ring; frame = u32 length, bytes
 //! ```
-//! No offload is offered, so the header before each frame says nothing: it is zero towards the guest and towards the TAP,
-//! whatever the guest writes.
+//! Of a plain device no offload is offered, so the header before each frame says nothing: it is zero towards the guest and towards the
+//! TAP, whatever the guest writes. A free one ([`Shape::free`]: nobody replays it) has what the TAP has; then a payload's frames come with
+//! their headers, and what a guest writes to the header of a frame is [judged](header::judge).
 
 use std::{collections::VecDeque, sync::Arc};
 
-use virtio_bindings::{
-    virtio_config::VIRTIO_F_VERSION_1,
-    virtio_net::VIRTIO_NET_F_MAC,
-    virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
-};
+use tracing::debug;
+use virtio_bindings::{virtio_config::VIRTIO_F_VERSION_1, virtio_net::VIRTIO_NET_F_MRG_RXBUF};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{
@@ -23,9 +21,14 @@ use super::{
     ring::{Ring, Segment, copy_from_guest, copy_to_guest, skip_bytes, total_bytes},
 };
 
-/// Index of the receive queue.
+pub mod header;
+mod shape;
+
+pub use shape::{MTUS, PAIRS_MAX, Shape};
+
+/// Index of the first receive queue; that of pair n is 2n.
 pub const RECEIVE: u16 = 0;
-/// Index of the transmit queue.
+/// Index of the first transmit queue; that of pair n is 2n + 1.
 pub const TRANSMIT: u16 = 1;
 /// Bytes of `virtio_net_hdr_v1`, which stands before every frame in a ring and on the TAP.
 pub const HEADER_BYTES: usize = 12;
@@ -38,16 +41,24 @@ pub const WAITING_FRAMES_MAX: usize = 256;
 /// Bytes before each frame of a payload.
 pub const LENGTH_BYTES: usize = 4;
 
-const QUEUES: u16 = 2;
-const CONFIG_BYTES: usize = 12;
+/// Where the header says how many buffers a frame takes.
+const BUFFERS: std::ops::Range<usize> = 10..12;
+/// Bytes of the header for a driver of before the specification, without mergeable buffers.
+const LEGACY_HEADER_BYTES: usize = 10;
+/// What a free device takes from a ring before its frames are sent: the processor's cache holds that much.
+const BATCH_FRAMES_MAX: u16 = 64;
+const BATCH_BYTES_MAX: u64 = 256 << 10;
 /// `num_buffers` = 1, all else zero.
 const RECEIVE_HEADER: [u8; HEADER_BYTES] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 
 const _: () = assert!(LENGTH_BYTES + FRAME_BYTES_MAX <= ft_protocol::limits::PAYLOAD_BYTES_MAX);
 
-/// A frame the guest sent: a zero header of [`HEADER_BYTES`], then the frame.
+/// A frame the guest sent: a header of [`HEADER_BYTES`] for the TAP, then the frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Frame(Vec<u8>);
+pub struct Frame {
+    bytes: Vec<u8>,
+    pair: u16,
+}
 
 impl Frame {
     /// A frame of the device itself.
@@ -55,19 +66,25 @@ impl Frame {
     pub fn new(frame: &[u8]) -> Self {
         let mut bytes = vec![0; HEADER_BYTES];
         bytes.extend_from_slice(frame);
-        Self(bytes)
+        Self { bytes, pair: 0 }
     }
 
     /// Header and frame, as a TAP with a header of 12 bytes takes them.
     #[must_use]
     pub fn with_header(&self) -> &[u8] {
-        &self.0
+        &self.bytes
     }
 
     /// The frame alone.
     #[must_use]
     pub fn ethernet(&self) -> &[u8] {
-        &self.0[HEADER_BYTES..]
+        &self.bytes[HEADER_BYTES..]
+    }
+
+    /// The pair of queues it came from.
+    #[must_use]
+    pub fn pair(&self) -> usize {
+        self.pair.into()
     }
 }
 
@@ -78,39 +95,83 @@ pub struct Dropped {
     pub no_driver: u64,
     /// Received while the guest had no buffers, and too many waited already.
     pub no_buffers: u64,
-    /// Received, and longer than the guest's buffer.
+    /// Received, and longer than the guest's buffers.
     pub buffer_too_small: u64,
     /// Transmitted, but not between the shortest and the longest frame.
     pub impossible_length: u64,
+    /// Transmitted with a header that the frame contradicts.
+    pub lies: u64,
 }
 
 /// The guest side of a network device.
 #[derive(Debug)]
 pub struct NetGuestSide {
-    mac: [u8; 6],
+    shape: Shape,
+    /// What the driver took of what a free device offers.
+    features: u64,
     memory: Option<Arc<GuestMemoryMmap>>,
-    rings: [Ring; QUEUES as usize],
+    rings: Vec<Ring>,
     frames: Vec<Frame>,
-    waiting: VecDeque<Vec<u8>>,
+    /// Of each pair.
+    waiting: Vec<VecDeque<Vec<u8>>>,
     dropped: Dropped,
     segments: Vec<Segment>,
+    /// Buffers for one frame, and the chains they are of.
+    gathered: Vec<Segment>,
+    chains: Vec<(u16, u32)>,
     spare: Vec<Vec<u8>>,
 }
 
 impl NetGuestSide {
-    /// A device with this MAC address.
+    /// A plain device with this MAC address.
     #[must_use]
     pub fn new(mac: [u8; 6]) -> Self {
+        Self::with_shape(Shape::plain(mac))
+    }
+
+    /// A device of this shape.
+    #[must_use]
+    pub fn with_shape(shape: Shape) -> Self {
         Self {
-            mac,
+            shape,
+            features: 0,
             memory: None,
-            rings: std::array::from_fn(|index| Ring::new(index as u16)),
+            rings: (0..shape.queues()).map(Ring::new).collect(),
             frames: Vec::new(),
-            waiting: VecDeque::new(),
+            waiting: (0..shape.pairs).map(|_| VecDeque::new()).collect(),
             dropped: Dropped::default(),
             segments: Vec::new(),
+            gathered: Vec::new(),
+            chains: Vec::new(),
             spare: Vec::new(),
         }
+    }
+
+    /// What the device is.
+    #[must_use]
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// The driver took these features.
+    pub fn set_features(&mut self, features: u64) {
+        self.features = features & self.shape.features();
+    }
+
+    fn took(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    /// Bytes of the header in the driver's buffers.
+    fn header_bytes(&self) -> usize {
+        let old = self.shape.free && !self.took(VIRTIO_F_VERSION_1) && !self.took(VIRTIO_NET_F_MRG_RXBUF);
+        if old { LEGACY_HEADER_BYTES } else { HEADER_BYTES }
+    }
+
+    /// Whether frames of this pair wait for buffers of the guest.
+    #[must_use]
+    pub fn waits(&self, pair: usize) -> bool {
+        self.waiting.get(pair).is_some_and(|waiting| !waiting.is_empty())
     }
 
     /// Moves the frames of the kicks so far to `into`, in order.
@@ -120,7 +181,7 @@ impl NetGuestSide {
 
     /// Takes back a frame that is no longer needed.
     pub fn recycle(&mut self, frame: Frame) {
-        self.recycle_buffer(frame.0);
+        self.recycle_buffer(frame.bytes);
     }
 
     fn recycle_buffer(&mut self, mut buffer: Vec<u8>) {
@@ -153,117 +214,202 @@ impl NetGuestSide {
         Ok(())
     }
 
-    /// Puts a frame into the next receive chain; `false` if there is none.
-    fn put(&mut self, memory: &GuestMemoryMmap, frame: &[u8]) -> Result<bool, RingError> {
-        let ring = &mut self.rings[usize::from(RECEIVE)];
-        let Some(head) = ring.pop(memory, &mut self.segments)? else {
-            return Ok(false);
+    /// Puts a frame, which a free device has with its header, into the next receive chains; `false` if there are not enough.
+    fn put(&mut self, memory: &GuestMemoryMmap, pair: usize, packet: &[u8]) -> Result<bool, RingError> {
+        let header_bytes = self.header_bytes();
+        let (mut header, frame) = match packet.split_first_chunk() {
+            Some((header, frame)) if self.shape.free => (*header, frame),
+            _ => (RECEIVE_HEADER, packet),
         };
-        let segments = &mut self.segments;
-        segments.retain(|segment| segment.writable);
-        let bytes = HEADER_BYTES + frame.len();
-        if total_bytes(segments) < bytes as u64 {
-            // The buffer stays for a frame that fits.
-            ring.push_back(head);
+        let bytes = header_bytes + frame.len();
+        let merges = self.took(VIRTIO_NET_F_MRG_RXBUF);
+        if !self.gather(memory, pair, bytes as u64, merges)? {
+            return Ok(false);
+        }
+        let ring = &mut self.rings[2 * pair];
+        if total_bytes(&self.gathered) < bytes as u64 {
+            // The buffers stay for a frame that fits.
+            self.chains.iter().rev().for_each(|(head, _)| ring.push_back(*head));
             self.dropped.buffer_too_small += 1;
             return Ok(true);
         }
-        copy_to_guest(memory, segments, &RECEIVE_HEADER)?;
-        skip_bytes(segments, HEADER_BYTES as u64);
-        copy_to_guest(memory, segments, frame)?;
-        ring.complete(memory, head, bytes as u32)?;
+        header[BUFFERS].copy_from_slice(&(self.chains.len() as u16).to_le_bytes());
+        copy_to_guest(memory, &self.gathered, &header[..header_bytes])?;
+        skip_bytes(&mut self.gathered, header_bytes as u64);
+        copy_to_guest(memory, &self.gathered, frame)?;
+        let mut left = bytes as u32;
+        for (_, length) in &mut self.chains {
+            *length = left.min(*length);
+            left -= *length;
+        }
+        ring.complete_together(memory, &self.chains)?;
         Ok(true)
     }
 
-    fn put_or_wait(&mut self, memory: &GuestMemoryMmap, frame: &[u8]) -> Result<(), RingError> {
-        if !self.waiting.is_empty() || !self.put(memory, frame)? {
-            if self.waiting.len() == WAITING_FRAMES_MAX {
-                let oldest = self.waiting.pop_front().unwrap_or_default();
+    /// Takes receive chains for so many bytes: one, or `many`. `false` if there are not enough by now, and the driver was asked to tell of
+    /// more. What was taken is too little if no more can come.
+    fn gather(&mut self, memory: &GuestMemoryMmap, pair: usize, bytes: u64, many: bool) -> Result<bool, RingError> {
+        let ring = &mut self.rings[2 * pair];
+        self.gathered.clear();
+        self.chains.clear();
+        let mut room = 0;
+        loop {
+            let Some(head) = ring.pop(memory, &mut self.segments)? else {
+                // A plain device asks when it has served what waits.
+                if self.shape.free && ring.want_kick(memory)? {
+                    continue;
+                }
+                self.chains.iter().rev().for_each(|(head, _)| ring.push_back(*head));
+                return Ok(false);
+            };
+            self.segments.retain(|segment| segment.writable);
+            let length = total_bytes(&self.segments);
+            self.gathered.append(&mut self.segments);
+            self.chains.push((head, u32::try_from(length).unwrap_or(u32::MAX)));
+            room += length;
+            if room >= bytes || !many || self.chains.len() == usize::from(ring.size()) {
+                return Ok(true);
+            }
+        }
+    }
+
+    fn put_or_wait(&mut self, memory: &GuestMemoryMmap, pair: usize, frame: &[u8]) -> Result<(), RingError> {
+        if self.waits(pair) || !self.put(memory, pair, frame)? {
+            if self.waiting[pair].len() == WAITING_FRAMES_MAX {
+                let oldest = self.waiting[pair].pop_front().unwrap_or_default();
                 self.recycle_buffer(oldest);
                 self.dropped.no_buffers += 1;
             }
             let mut buffer = self.spare.pop().unwrap_or_default();
             buffer.extend_from_slice(frame);
-            self.waiting.push_back(buffer);
+            self.waiting[pair].push_back(buffer);
         }
         Ok(())
     }
 
     /// Frames that wait go to the buffers there are, as many as the ring has; gives how many went.
-    fn serve_waiting(&mut self, memory: &GuestMemoryMmap) -> Result<u64, RingError> {
+    fn serve_waiting(&mut self, memory: &GuestMemoryMmap, pair: usize) -> Result<u64, RingError> {
         let mut delivered = 0;
         loop {
-            while let Some(frame) = self.waiting.pop_front() {
-                if !self.put(memory, &frame)? {
-                    self.waiting.push_front(frame);
+            while let Some(frame) = self.waiting[pair].pop_front() {
+                if !self.put(memory, pair, &frame)? {
+                    self.waiting[pair].push_front(frame);
                     break;
                 }
                 delivered += 1;
                 self.recycle_buffer(frame);
             }
-            // Nothing waits: buffers that are added now are no news. Else the next buffer is, or was added meanwhile.
-            let more = self.rings[usize::from(RECEIVE)].want_kick(memory)? && !self.waiting.is_empty();
+            let ring = &mut self.rings[2 * pair];
+            if self.shape.free {
+                // Nothing waits: buffers that are added now are no news. Else the driver has been asked.
+                if self.waiting[pair].is_empty() {
+                    ring.want_no_kick(memory)?;
+                }
+                return Ok(delivered);
+            }
+            // The same, asked here.
+            let more = ring.want_kick(memory)? && !self.waiting[pair].is_empty();
             if !more {
                 return Ok(delivered);
             }
         }
     }
 
-    fn kick_receive(&mut self, memory: &GuestMemoryMmap) -> Result<Outcome, RingError> {
-        let delivered = self.serve_waiting(memory)?;
+    fn kick_receive(&mut self, memory: &GuestMemoryMmap, queue: u16) -> Result<Outcome, RingError> {
+        let delivered = self.serve_waiting(memory, usize::from(queue / 2))?;
         Ok(Outcome {
-            interrupt: self.rings[usize::from(RECEIVE)].take_interrupt(memory)?,
-            digest: super::fold(u64::from(RECEIVE), delivered),
+            interrupt: self.rings[usize::from(queue)].take_interrupt(memory)?,
+            digest: super::fold(u64::from(queue), delivered),
             ..Outcome::default()
         })
     }
 
-    fn kick_transmit(&mut self, memory: &GuestMemoryMmap) -> Result<Outcome, RingError> {
+    /// Takes the frame in `segments`, if it is one.
+    fn take_frame(&mut self, memory: &GuestMemoryMmap, queue: u16, digest: &mut Xxh3) -> Result<(), RingError> {
+        let header_bytes = self.header_bytes();
+        self.segments.retain(|segment| !segment.writable);
+        let mut buffer = self.spare.pop().unwrap_or_default();
+        if self.shape.free && total_bytes(&self.segments) > header_bytes as u64 {
+            copy_from_guest(memory, &self.segments, header_bytes, &mut buffer)?;
+        }
+        buffer.resize(HEADER_BYTES, 0);
+        skip_bytes(&mut self.segments, header_bytes as u64);
+        let bytes = total_bytes(&self.segments);
+        digest.update(&bytes.to_le_bytes());
+        if !(FRAME_BYTES_MIN as u64..=FRAME_BYTES_MAX as u64).contains(&bytes) {
+            self.dropped.impossible_length += 1;
+            self.recycle_buffer(buffer);
+            return Ok(());
+        }
+        copy_from_guest(memory, &self.segments, bytes as usize, &mut buffer)?;
+        if let (true, Some((header, frame))) = (self.shape.free, buffer.split_first_chunk_mut()) {
+            match header::judge(header, frame, self.features) {
+                Ok(judged) => *header = judged,
+                Err(lie) => {
+                    debug!(queue, %lie, "a frame is not sent");
+                    self.dropped.lies += 1;
+                    self.recycle_buffer(buffer);
+                    return Ok(());
+                }
+            }
+        } else {
+            digest.update(&buffer[HEADER_BYTES..]);
+        }
+        self.frames.push(Frame {
+            bytes: buffer,
+            pair: queue / 2,
+        });
+        Ok(())
+    }
+
+    fn kick_transmit(&mut self, memory: &GuestMemoryMmap, queue: u16) -> Result<Outcome, RingError> {
         let mut digest = Xxh3::new();
-        let ring = &mut self.rings[usize::from(TRANSMIT)];
+        let index = usize::from(queue);
         // A running guest could add for ever, and is asked again; a stopped one has at most a ring full.
-        let mut left = ring.size();
+        let (mut left, bytes_max) = match self.shape.free {
+            true => (BATCH_FRAMES_MAX, BATCH_BYTES_MAX),
+            false => (self.rings[index].size(), u64::MAX),
+        };
+        let (mut bytes, mut found) = (0, false);
         let more = loop {
-            while left != 0 {
-                let Some(head) = ring.pop(memory, &mut self.segments)? else {
+            while left != 0 && bytes < bytes_max {
+                let Some(head) = self.rings[index].pop(memory, &mut self.segments)? else {
                     break;
                 };
                 left -= 1;
-                let segments = &mut self.segments;
-                segments.retain(|segment| !segment.writable);
-                skip_bytes(segments, HEADER_BYTES as u64);
-                let bytes = total_bytes(segments);
-                digest.update(&bytes.to_le_bytes());
-                if (FRAME_BYTES_MIN as u64..=FRAME_BYTES_MAX as u64).contains(&bytes) {
-                    let mut frame = self.spare.pop().unwrap_or_default();
-                    frame.resize(HEADER_BYTES, 0);
-                    copy_from_guest(memory, segments, bytes as usize, &mut frame)?;
-                    digest.update(&frame[HEADER_BYTES..]);
-                    self.frames.push(Frame(frame));
-                } else {
-                    self.dropped.impossible_length += 1;
-                }
-                ring.complete(memory, head, 0)?;
+                found = true;
+                bytes += total_bytes(&self.segments);
+                self.take_frame(memory, queue, &mut digest)?;
+                self.rings[index].complete(memory, head, 0)?;
             }
-            let more = ring.want_kick(memory)?;
-            if !more || left == 0 {
+            let full = left == 0 || bytes >= bytes_max;
+            if full && self.shape.free {
+                // Looked at again before the driver is asked for anything.
+                break true;
+            }
+            let more = self.rings[index].want_kick(memory)?;
+            if !more || full {
                 break more;
             }
         };
         Ok(Outcome {
-            interrupt: ring.take_interrupt(memory)?,
+            interrupt: self.rings[index].take_interrupt(memory)?,
             digest: digest.digest(),
             more,
-            ..Outcome::default()
+            found,
         })
     }
 }
 
-/// Reads the frames of a payload.
+/// Reads the frames of a plain device's payload.
 ///
 /// # Errors
 /// In the place of the first frame that is malformed.
 pub fn frames(payload: &[u8]) -> impl Iterator<Item = Result<&[u8], RingError>> {
+    records(payload, FRAME_BYTES_MAX)
+}
+
+fn records(payload: &[u8], bytes_max: usize) -> impl Iterator<Item = Result<&[u8], RingError>> {
     let mut rest = payload;
     std::iter::from_fn(move || {
         if rest.is_empty() {
@@ -272,7 +418,7 @@ pub fn frames(payload: &[u8]) -> impl Iterator<Item = Result<&[u8], RingError>> 
         let at = payload.len() - rest.len();
         let split = rest.split_first_chunk::<LENGTH_BYTES>().and_then(|(length, behind)| {
             let length = u32::from_le_bytes(*length) as usize;
-            (length <= FRAME_BYTES_MAX).then_some(())?;
+            (length <= bytes_max).then_some(())?;
             behind.split_at_checked(length)
         });
         let Some((frame, behind)) = split else {
@@ -286,26 +432,15 @@ pub fn frames(payload: &[u8]) -> impl Iterator<Item = Result<&[u8], RingError>> 
 
 impl GuestSide for NetGuestSide {
     fn queue_count(&self) -> u16 {
-        QUEUES
+        self.shape.queues()
     }
 
     fn features(&self) -> u64 {
-        [
-            VIRTIO_F_VERSION_1,
-            VIRTIO_RING_F_EVENT_IDX,
-            VIRTIO_RING_F_INDIRECT_DESC,
-            VIRTIO_NET_F_MAC,
-        ]
-        .into_iter()
-        .fold(0, |bits, bit| bits | 1 << bit)
+        self.shape.features()
     }
 
     fn config(&self) -> Vec<u8> {
-        let mut config = vec![0; CONFIG_BYTES];
-        config[..6].copy_from_slice(&self.mac);
-        // One pair of queues.
-        config[8] = 1;
-        config
+        self.shape.config()
     }
 
     fn set_memory(&mut self, memory: GuestMemoryMmap) {
@@ -321,8 +456,8 @@ impl GuestSide for NetGuestSide {
     }
 
     fn stop_queue(&mut self, index: u16) -> u16 {
-        if index == RECEIVE {
-            self.waiting.clear();
+        if let (true, Some(waiting)) = (index.is_multiple_of(2), self.waiting.get_mut(usize::from(index / 2))) {
+            waiting.clear();
         }
         self.rings.get_mut(usize::from(index)).map_or(0, Ring::stop)
     }
@@ -332,36 +467,47 @@ impl GuestSide for NetGuestSide {
     }
 
     fn kick(&mut self, queue: u16) -> Result<Outcome, RingError> {
-        if queue >= QUEUES {
+        if queue >= self.queue_count() {
             return Err(RingError::NoQueue(queue));
         }
         if !self.is_configured(queue) {
             return Ok(Outcome::default());
         }
         let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
-        match queue {
-            RECEIVE => self.kick_receive(&memory),
-            _ => self.kick_transmit(&memory),
+        match queue.is_multiple_of(2) {
+            true => self.kick_receive(&memory, queue),
+            false => self.kick_transmit(&memory, queue),
         }
     }
 
-    fn deliver(&mut self, sequence: u64, _queue: u16, payload: &[u8]) -> Result<Outcome, RingError> {
+    fn deliver(&mut self, sequence: u64, queue: u16, payload: &[u8]) -> Result<Outcome, RingError> {
+        // A plain device has one queue that receives, whatever the log says.
+        let queue = if self.shape.free { queue } else { RECEIVE };
+        if queue >= self.queue_count() || !queue.is_multiple_of(2) {
+            return Err(RingError::NoQueue(queue));
+        }
         let mut interrupt = false;
-        if self.is_configured(RECEIVE) {
+        if self.is_configured(queue) {
+            let pair = usize::from(queue / 2);
             let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
-            for frame in frames(payload) {
-                self.put_or_wait(&memory, frame?)?;
+            let bytes_max = FRAME_BYTES_MAX + if self.shape.free { HEADER_BYTES } else { 0 };
+            for frame in records(payload, bytes_max) {
+                self.put_or_wait(&memory, pair, frame?)?;
             }
-            if !self.waiting.is_empty() {
-                self.serve_waiting(&memory)?;
+            if self.waits(pair) {
+                self.serve_waiting(&memory, pair)?;
             }
-            interrupt = self.rings[usize::from(RECEIVE)].take_interrupt(&memory)?;
+            interrupt = self.rings[usize::from(queue)].take_interrupt(&memory)?;
         } else {
             self.dropped.no_driver += frames(payload).count() as u64;
         }
+        let digest = match self.shape.free {
+            true => 0,
+            false => super::fold(sequence, xxhash_rust::xxh3::xxh3_64(payload)),
+        };
         Ok(Outcome {
             interrupt,
-            digest: super::fold(sequence, xxhash_rust::xxh3::xxh3_64(payload)),
+            digest,
             ..Outcome::default()
         })
     }

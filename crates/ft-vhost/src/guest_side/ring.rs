@@ -12,6 +12,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 use super::{QUEUE_SIZE_MAX, QueueSetup, RingError, dirty::GuestMemoryMmap, inflight::InflightQueue};
 
 const DESCRIPTOR_BYTES: u64 = 16;
+/// Where the parts of the rings are.
+const AVAILABLE_ELEMENTS: u64 = 4;
+const USED_INDEX: u64 = 2;
+const USED_ELEMENTS: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
 
 /// One buffer of a chain: a range that was guest memory when the chain was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +38,8 @@ pub struct Ring {
     busy: Vec<bool>,
     /// Entries were added to the used ring since the guest was last told.
     added: bool,
+    /// Where the used ring ended then.
+    told: u16,
     /// The guest was seen to have added more: the next [`Ring::pop`] must find it, or whoever drains would never end.
     promised: bool,
     /// The driver was told that it need not kick.
@@ -69,6 +76,7 @@ impl Ring {
             queue: Queue::new(QUEUE_SIZE_MAX).expect("a power of two"),
             busy: Vec::new(),
             added: false,
+            told: 0,
             promised: false,
             silent: false,
             inflight: None,
@@ -135,6 +143,7 @@ impl Ring {
             .used_idx(memory, Ordering::Acquire)
             .map_err(|_| outside("the used ring", setup.used_ring, 4))?;
         self.queue.set_next_used(used.0);
+        self.told = used.0;
         if let Some(inflight) = &mut self.inflight {
             let held = inflight.recover(size, used.0).map_err(|error| {
                 tracing::error!(%error, "this queue is not started");
@@ -232,17 +241,39 @@ impl Ring {
     /// # Errors
     /// [`RingError`] where the used ring cannot be written.
     pub fn complete(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) -> Result<(), RingError> {
+        self.complete_together(memory, &[(head, written)])
+    }
+
+    /// Gives chains back, each with the bytes written to it; the driver sees all of them or none.
+    ///
+    /// # Errors
+    /// [`RingError`] where the used ring cannot be written.
+    pub fn complete_together(&mut self, memory: &GuestMemoryMmap, chains: &[(u16, u32)]) -> Result<(), RingError> {
         self.ready()?;
-        self.busy[usize::from(head)] = false;
-        self.added = true;
-        if let Some(inflight) = &mut self.inflight {
-            inflight.completing(head);
+        let (used_ring, size) = (self.queue.used_ring(), self.size());
+        let mut next = self.queue.next_used();
+        for (head, written) in chains {
+            self.busy[usize::from(*head)] = false;
+            if let Some(inflight) = &mut self.inflight {
+                inflight.completing(*head);
+            }
+            let at = used_ring + USED_ELEMENTS + USED_ELEMENT_BYTES * u64::from(next % size);
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            memory
+                .write_obj(element.to_le(), GuestAddress(at))
+                .map_err(|_| outside("the used ring", at, USED_ELEMENT_BYTES))?;
+            next = next.wrapping_add(1);
         }
-        self.queue
-            .add_used(memory, head, written)
-            .map_err(|_| outside("the used ring", self.queue.used_ring(), 0))?;
+        let index = GuestAddress(used_ring + USED_INDEX);
+        memory
+            .store(next.to_le(), index, Ordering::Release)
+            .map_err(|_| outside("the used ring", index.0, 2))?;
+        self.queue.set_next_used(next);
+        self.added |= !chains.is_empty();
         if let Some(inflight) = &mut self.inflight {
-            inflight.completed(head, self.queue.next_used());
+            for (head, _) in chains {
+                inflight.completed(*head, next);
+            }
         }
         Ok(())
     }
@@ -285,17 +316,22 @@ impl Ring {
             return Ok(false);
         }
         let available_ring = self.queue.avail_ring();
+        let word = |at: u64| {
+            let word: u16 = memory
+                .load(GuestAddress(at), Ordering::Acquire)
+                .map_err(|_| outside("the available ring", at, 2))?;
+            Ok(u16::from_le(word))
+        };
+        let (before, now) = (self.told, self.queue.next_used());
+        self.told = now;
+        // The completions must be visible before the driver's wish is read.
+        std::sync::atomic::fence(Ordering::SeqCst);
         if !self.queue.event_idx_enabled() {
-            // The completions must be visible before the driver's wish is read.
-            std::sync::atomic::fence(Ordering::SeqCst);
-            let flags: u16 = memory
-                .load(GuestAddress(available_ring), Ordering::Acquire)
-                .map_err(|_| outside("the available ring", available_ring, 2))?;
-            return Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0);
+            return Ok(u32::from(word(available_ring)?) & VRING_AVAIL_F_NO_INTERRUPT == 0);
         }
-        self.queue
-            .needs_notification(memory)
-            .map_err(|_| outside("the available ring", available_ring, 2))
+        // The driver names the completion that it wants to hear of.
+        let wanted = word(available_ring + AVAILABLE_ELEMENTS + 2 * u64::from(self.size()))?;
+        Ok(now.wrapping_sub(wanted).wrapping_sub(1) < now.wrapping_sub(before))
     }
 }
 

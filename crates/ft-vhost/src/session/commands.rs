@@ -64,6 +64,10 @@ pub enum SharedCommand {
     Resume,
     /// The operator gave the disk this many bytes, or changed its image (`None`); the answer is the configuration space.
     Resize(Option<u64>),
+    /// The network is to learn that this address is here now.
+    Announce([u8; 6]),
+    /// The guest is told this MTU.
+    Mtu(u64),
     /// What was changed elsewhere holds for every write to guest memory after the answer.
     Barrier,
     /// The frontend is gone; answered once nothing is in flight.

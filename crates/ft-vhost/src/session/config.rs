@@ -7,24 +7,20 @@
 //! before the crate receives it, and the message is sent from here.
 
 use std::{
-    io::{IoSliceMut, Write},
-    os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    io::Write,
+    os::unix::net::UnixStream,
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use tracing::{debug, warn};
 use vhost::vhost_user::message::VHOST_USER_CONFIG_OFFSET;
+
+use super::coming::Coming;
 
 /// Code of SET_BACKEND_REQ_FD.
 const SET_BACKEND_REQ_FD: u32 = 21;
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, protocol version 1, no payload, no reply asked for.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
-/// Bytes of a message's header: request, flags, payload size.
-const HEADER_BYTES: usize = 12;
 
 #[derive(Debug, Default)]
 struct Space {
@@ -85,23 +81,10 @@ impl ConfigSpace {
     }
 }
 
-/// The channel in the message that comes next on `stream`, if it brings one. Waits for the message, and leaves it there.
-pub(super) fn coming_channel(stream: &UnixStream) -> Option<UnixStream> {
-    let mut header = [0; HEADER_BYTES];
-    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 32]);
-    let mut parts = [IoSliceMut::new(&mut header)];
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_CMSG_CLOEXEC;
-    let received = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags).ok()?;
-    let whole = received.bytes == HEADER_BYTES;
-    let mut channels = Vec::new();
-    for message in received.cmsgs().ok()? {
-        if let ControlMessageOwned::ScmRights(descriptors) = message {
-            // SAFETY: the kernel made these descriptors for this call; nobody else knows their numbers.
-            channels.extend(descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
-    }
-    let code = u32::from_ne_bytes(*header.first_chunk().expect("4 of 12 bytes"));
-    let channel = UnixStream::from((whole && code == SET_BACKEND_REQ_FD).then(|| channels.pop())??);
+/// The channel in the message that comes next, if it brings one.
+pub(super) fn coming_channel(coming: Coming) -> Option<UnixStream> {
+    let mut channels = coming.descriptors;
+    let channel = UnixStream::from((coming.code == SET_BACKEND_REQ_FD).then(|| channels.pop())??);
     // The operator's thread must not wait for a frontend that does not read.
     channel.set_nonblocking(true).ok()?;
     Some(channel)

@@ -279,6 +279,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
             | VhostUserProtocolFeatures::RESET_DEVICE;
         let alone = VhostUserProtocolFeatures::LOG_SHMFD | VhostUserProtocolFeatures::BACKEND_REQ;
         features.set(alone, self.description.alone);
+        let network = VhostUserProtocolFeatures::RARP | VhostUserProtocolFeatures::MTU;
+        features.set(network, self.description.network);
         features.set(
             VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
             self.description.adds_memory,

@@ -16,6 +16,7 @@ use std::{
 use tracing::{debug, error, info, warn};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+mod coming;
 mod commands;
 mod config;
 mod handler;
@@ -42,6 +43,8 @@ pub struct Description {
     pub tracks_inflight: bool,
     /// Whether the VM may migrate and its disk change under it: not one that is protected.
     pub alone: bool,
+    /// It is a network device: the frontend says its MTU, and when to announce it.
+    pub network: bool,
     /// Whether the frontend may add and take memory while queues run: any but the shim.
     pub adds_memory: bool,
 }
@@ -78,12 +81,24 @@ pub fn serve(frontends: Accepting, description: &Description, commands: &Arc<Com
 /// Serves one frontend until it leaves.
 fn serve_one(stream: UnixStream, description: &Description, commands: &Arc<CommandSender>) -> Result<(), String> {
     debug!("a frontend connected");
-    let peeked = stream.try_clone().map_err(|error| error.to_string())?;
+    let mut peeked = stream.try_clone().map_err(|error| error.to_string())?;
     let handler = handler::Handler::new(description.clone(), Arc::clone(commands));
-    let mut server = BackendReqHandler::from_stream(stream, Arc::new(Mutex::new(handler)));
+    let handler = Arc::new(Mutex::new(handler));
+    let mut server = BackendReqHandler::from_stream(stream, Arc::clone(&handler));
     let mut spoke = false;
     let end = loop {
-        let channel = config::coming_channel(&peeked);
+        let coming = coming::Coming::peek(&peeked);
+        if let (true, Some(coming)) = (description.network, &coming) {
+            match coming.serve_network(&mut peeked, &handler, commands) {
+                Ok(true) => {
+                    spoke = true;
+                    continue;
+                }
+                Ok(false) => {}
+                Err(error) => break Error::SocketError(error),
+            }
+        }
+        let channel = coming.and_then(config::coming_channel);
         match server.handle_request() {
             Ok(()) => spoke = true,
             Err(error) => break error,

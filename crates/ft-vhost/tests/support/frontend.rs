@@ -47,14 +47,23 @@ impl Session {
 
     /// The same over a socket that is connected already.
     pub fn start_over(stream: UnixStream, memory: &GuestMemoryMmap, features: u64, driver: &Driver) -> Self {
-        let mut session = Self::negotiate_over(
-            Frontend::from_stream(stream, 1),
-            features,
-            1,
-            VhostUserProtocolFeatures::empty(),
-        );
+        Self::over(stream, memory, features, &[driver], VhostUserProtocolFeatures::empty())
+    }
+
+    /// The same with several queues, and protocol features that the backend must have.
+    pub fn over(
+        stream: UnixStream,
+        memory: &GuestMemoryMmap,
+        features: u64,
+        drivers: &[&Driver],
+        more: VhostUserProtocolFeatures,
+    ) -> Self {
+        let frontend = Frontend::from_stream(stream, drivers.len() as u64);
+        let mut session = Self::negotiate_over(frontend, features, drivers.len(), more);
         session.share(memory);
-        session.start_queue(0, driver);
+        for (index, driver) in drivers.iter().enumerate() {
+            session.start_queue(index, driver);
+        }
         session
     }
 

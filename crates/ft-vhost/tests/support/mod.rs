@@ -6,3 +6,4 @@ pub mod daemon;
 pub mod driver;
 pub mod frontend;
 pub mod ft_log;
+pub mod stock;
