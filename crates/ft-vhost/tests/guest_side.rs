@@ -6,7 +6,9 @@ use ft_vhost::guest_side::{
     GuestSide, QueueSetup, RingError,
     blk::{BlkGuestSide, Geometry, Kind, REQUEST_BYTES_MAX, completion_header, completions},
     dirty::GuestMemoryMmap,
+    inflight::InflightRegion,
     net::{NetGuestSide, RECEIVE, TRANSMIT, WAITING_FRAMES_MAX},
+    ring::Ring,
 };
 use proptest::prelude::*;
 use support::driver::{BlkDriver, Buffer, Driver, MEMORY_BYTES, memory, readable, writable};
@@ -439,4 +441,31 @@ proptest! {
         let (one, other) = (run(), run());
         prop_assert!(one == other);
     }
+}
+
+/// Each successor is killed when it has taken one chain again: the next one takes all of them, and in the order of the first.
+#[test]
+fn successors_killed_while_they_take_up_chains_keep_their_order() {
+    let memory = memory();
+    let mut driver = Driver::new(&memory, 0x1_0000, 8, true);
+    let heads: Vec<u16> = (0..4).map(|_| driver.add(&[readable(1 << 20, 512)])).collect();
+    let file = tempfile::tempfile().unwrap();
+    let bytes = InflightRegion::bytes(1, 8) as u64;
+    file.set_len(bytes).unwrap();
+    let region = InflightRegion::map(file, 0, bytes, 1, 8).unwrap();
+    let take = |count: usize| {
+        let mut ring = Ring::new(0);
+        ring.track(region.queue(0));
+        ring.configure(&memory, &driver.setup()).unwrap();
+        let mut segments = Vec::new();
+        let mut pop = || ring.pop(&memory, &mut segments).unwrap();
+        (0..count).map_while(|_| pop()).collect::<Vec<_>>()
+    };
+    assert_eq!(take(3), heads[..3]);
+    for successor in 0..3 {
+        assert_eq!(take(1), heads[..1], "successor {successor}");
+    }
+    // What nobody had taken comes behind what somebody had.
+    assert_eq!(take(5), heads);
+    assert_eq!(take(5), heads);
 }

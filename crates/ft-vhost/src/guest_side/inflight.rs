@@ -6,7 +6,7 @@
 //!                                                                  last_batch_head was completed; it is not taken again
 //! ```
 //! A daemon that takes over from one that was killed takes every chain again that is still marked, in the order in which they
-//! were first taken. The layout for split rings is the protocol's own (vhost-user, "Inflight I/O tracking"). The
+//! were first taken: their counters stay as they are, however often that happens. The layout for split rings is the protocol's own (vhost-user, "Inflight I/O tracking"). The
 //! frontend holds the region for us and may write to it: nothing in it is trusted beyond its bounds.
 
 use std::{
@@ -202,7 +202,7 @@ impl InflightQueue {
         Ok(held.into_iter().map(|(_, head)| head).collect())
     }
 
-    /// The device takes a chain.
+    /// The device takes a chain for the first time.
     pub fn taken(&mut self, head: u16) {
         self.counter = self.counter.wrapping_add(1);
         let at = self.descriptor(head);

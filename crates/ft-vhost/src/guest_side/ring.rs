@@ -191,7 +191,8 @@ impl Ring {
     /// [`RingError`] for a ring or chain that breaks the rules.
     pub fn pop(&mut self, memory: &GuestMemoryMmap, segments: &mut Vec<Segment>) -> Result<Option<u16>, RingError> {
         self.ready()?;
-        let head = match self.again.pop_front() {
+        let again = self.again.pop_front();
+        let head = match again {
             Some(head) => head,
             None => match self.next_available(memory)? {
                 Some(head) => head,
@@ -206,7 +207,9 @@ impl Ring {
         if std::mem::replace(busy, true) {
             return Err(RingError::Busy { head });
         }
-        if let Some(inflight) = &mut self.inflight {
+        // What is taken again keeps its place: a daemon that is killed before it has taken all of it again must not leave it behind the
+        // rest.
+        if let (Some(inflight), None) = (&mut self.inflight, again) {
             inflight.taken(head);
         }
         segments.clear();
