@@ -493,9 +493,10 @@ impl Daemon {
     fn report(&mut self) {
         let Counters { entries, bytes } = self.vm.counters;
         let ignored = self.heartbeats.as_ref().map_or(0, Heartbeats::ignored);
+        let lag_us = self.vm.replica.lag_ns(monotonic_ns()) / 1000;
         self.events.emit(
             "log",
-            json!({ "bytes": bytes, "entries": entries, "datagrams_ignored": ignored }),
+            json!({ "bytes": bytes, "entries": entries, "datagrams_ignored": ignored, "lag_us": lag_us }),
         );
     }
 

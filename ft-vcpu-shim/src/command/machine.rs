@@ -68,6 +68,22 @@ impl MachineArgs {
     /// # Errors
     /// No KVM, no memory, or an image that cannot be loaded.
     pub fn load(&self) -> Result<Loaded, Error> {
+        self.load_with(Image::open, b"")
+    }
+
+    /// Loads the guest as it is, for an execution that cannot be replayed; its fingerprint is that of no recorded machine.
+    ///
+    /// # Errors
+    /// See [`MachineArgs::load`].
+    pub fn load_unrecorded(&self) -> Result<Loaded, Error> {
+        self.load_with(Image::unmodified, b"unrecorded")
+    }
+
+    fn load_with(
+        &self,
+        open: impl FnOnce(Vec<u8>) -> Result<Image, Error>,
+        fingerprinted: &[u8],
+    ) -> Result<Loaded, Error> {
         let kvm = open_kvm()?;
         let kernel = read(&self.kernel, "the guest image", "--kernel")?;
         let initrd = self.initrd.as_deref();
@@ -80,8 +96,7 @@ impl MachineArgs {
         add(&kernel);
         add(initrd.as_deref().unwrap_or_default());
         let ram = Arc::new(Ram::new(self.ram_mib)?);
-        let image =
-            Image::open(kernel).map_err(|error| Error::environment(format!("{}: {error}", self.kernel.display())))?;
+        let image = open(kernel).map_err(|error| Error::environment(format!("{}: {error}", self.kernel.display())))?;
         let entry = image.load(&ram, &self.cmdline, initrd.as_deref())?;
         let cpuid = guest_cpuid(&kvm)?;
         let windows = windows::probe(&kvm)?;
@@ -96,6 +111,9 @@ impl MachineArgs {
             &cpuid::bytes(&cpuid),
         ] {
             add(part);
+        }
+        if !fingerprinted.is_empty() {
+            add(fingerprinted);
         }
         Ok(Loaded {
             kvm,

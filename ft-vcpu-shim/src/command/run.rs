@@ -33,6 +33,7 @@ use crate::{
     lockstep::{
         divergence::Divergence,
         execution::{End, Execution, Step},
+        position::Unrecorded,
         record::Recorder,
         replay::Replayer,
         source::Online,
@@ -70,6 +71,10 @@ pub struct RunArgs {
     /// state delta in the log. More where the processor is shared or emulated.
     #[arg(long, value_name = "MS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     patience_ms: u64,
+    /// Runs the guest as a VMM does that records nothing: no entry for what it sees, no state deltas, its kernel as it is. Nobody can replay
+    /// that, so ft-log must be --alone. To measure what recording costs.
+    #[arg(long)]
+    unrecorded: bool,
 }
 
 fn open_console(path: Option<&Path>) -> Result<File, Error> {
@@ -90,7 +95,10 @@ pub fn run(args: &RunArgs) -> Result<(), Error> {
     let mut events = Events::open("ft-vcpu-shim", args.events.as_deref())
         .map_err(|source| Error::environment(format!("cannot open the events file: {source}. Check --events")))?;
     let console = open_console(args.console.as_deref())?;
-    let machine = args.machine.load()?;
+    let machine = match args.unrecorded {
+        false => args.machine.load()?,
+        true => args.machine.load_unrecorded()?,
+    };
     let session = join_shim(&args.ft_log, &args.vm, &machine.fingerprint)?;
     let ShimSession {
         mut stream,
@@ -103,6 +111,11 @@ pub fn run(args: &RunArgs) -> Result<(), Error> {
     watch_socket(&stream, Arc::clone(&region), Arc::clone(&failing))?;
 
     let role = wait_for_role(&region)?;
+    if args.unrecorded && role != Role::Live {
+        return Err(Error::environment(format!(
+            "--unrecorded makes no log that a backup could follow, and ft-log has this side as {role:?}: give ft-log --alone"
+        )));
+    }
     let mut ports: Vec<Box<dyn Port>> = Vec::new();
     for gate in gates {
         let (path, kind) = match gate.device() {
@@ -128,13 +141,11 @@ pub fn run(args: &RunArgs) -> Result<(), Error> {
         ))
     } else {
         events.emit("live", json!({"generation": region.generation().0, "exits": 0}));
-        Box::new(Recorder::new(
-            log,
-            Arc::clone(&region),
-            console,
-            vec![0; ports.len()],
-            0,
-        ))
+        let recorder = Recorder::new(log, Arc::clone(&region), console, vec![0; ports.len()], 0);
+        Box::new(match args.unrecorded {
+            false => recorder,
+            true => recorder.unrecorded(),
+        })
     };
     tracing::info!("VM '{}': {role:?}", args.vm);
     let live_events = args.events.clone();
@@ -149,6 +160,9 @@ pub fn run(args: &RunArgs) -> Result<(), Error> {
     let reports = Reports::new(args, Arc::clone(&region));
     let result = machine.power_on(ports, timeline, on_live).and_then(|mut execution| {
         execution.set_patience(Duration::from_millis(args.patience_ms));
+        if args.unrecorded {
+            execution.set_clock(Box::new(Unrecorded));
+        }
         let asleep_events = args.events.clone();
         execution.set_on_asleep(Box::new(move |what| {
             tracing::warn!("{what}");

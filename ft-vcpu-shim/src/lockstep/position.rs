@@ -59,6 +59,28 @@ pub trait PositionClock: Debug {
     fn run(&mut self, vcpu: &mut Vcpu, until: Until, entering: Option<u8>) -> Result<Exit, Error>;
 }
 
+/// The clock of a guest that is not recorded: it names no places, and nobody looks for one.
+#[derive(Clone, Copy, Debug)]
+pub struct Unrecorded;
+
+impl PositionClock for Unrecorded {
+    fn restart(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn progress(&mut self) -> Result<u32, Error> {
+        Ok(0)
+    }
+
+    fn margin(&self) -> u32 {
+        0
+    }
+
+    fn run(&mut self, vcpu: &mut Vcpu, _until: Until, _entering: Option<u8>) -> Result<Exit, Error> {
+        vcpu.run()
+    }
+}
+
 /// Runs the guest to progress `target`, at which `is_there` knows the place by its registers. `Some`: it came to an exit before, or past the
 /// place ([`Exit::Interrupted`]), so it is not the recorded execution.
 ///

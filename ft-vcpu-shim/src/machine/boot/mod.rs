@@ -57,6 +57,7 @@ fn bad_kernel(reason: impl std::fmt::Display) -> Error {
 pub struct Image {
     guest: Guest,
     elf: Vec<u8>,
+    rewrite: bool,
 }
 
 impl Image {
@@ -67,7 +68,27 @@ impl Image {
     /// # Errors
     /// A file that is neither a bzImage nor an ELF64 for x86-64, or a kernel that cannot be rewritten.
     pub fn open(file: Vec<u8>) -> Result<Self, Error> {
-        let mut elf = match bzimage::payload(&file)? {
+        let mut image = Self::unmodified(file)?;
+        image.rewrite = image.guest == Guest::Linux;
+        if image.rewrite {
+            let report =
+                rewrite::image::rewrite(&mut image.elf).map_err(|error| Error::environment(error.to_string()))?;
+            tracing::info!(
+                "{} RDTSC, {} RDTSCP and {} PAUSE of the kernel rewritten",
+                report.count(Kind::Rdtsc),
+                report.count(Kind::Rdtscp),
+                report.count(Kind::Pause)
+            );
+        }
+        Ok(image)
+    }
+
+    /// [`Image::open`], with all instructions as they are: for a guest that is not recorded.
+    ///
+    /// # Errors
+    /// A file that is neither a bzImage nor an ELF64 for x86-64.
+    pub fn unmodified(file: Vec<u8>) -> Result<Self, Error> {
+        let elf = match bzimage::payload(&file)? {
             Some(payload) => bzimage::decompress(payload)?,
             None => file,
         };
@@ -76,16 +97,11 @@ impl Image {
         } else {
             Guest::Bundled
         };
-        if guest == Guest::Linux {
-            let report = rewrite::image::rewrite(&mut elf).map_err(|error| Error::environment(error.to_string()))?;
-            tracing::info!(
-                "{} RDTSC, {} RDTSCP and {} PAUSE of the kernel rewritten",
-                report.count(Kind::Rdtsc),
-                report.count(Kind::Rdtscp),
-                report.count(Kind::Pause)
-            );
-        }
-        Ok(Self { guest, elf })
+        Ok(Self {
+            guest,
+            elf,
+            rewrite: false,
+        })
     }
 
     /// Which kind of guest it is.
@@ -104,7 +120,11 @@ impl Image {
         match self.guest {
             Guest::Bundled => bundled::prepare(ram, command_line, initrd)?,
             Guest::Linux => {
-                let initrd = initrd::rewrite(initrd.unwrap_or_default(), ram.bytes())?;
+                let initrd = initrd.unwrap_or_default();
+                let initrd = match self.rewrite {
+                    true => initrd::rewrite(initrd, ram.bytes())?,
+                    false => initrd.into(),
+                };
                 linux::prepare(ram, loaded.end, command_line, &initrd)?;
             }
         }

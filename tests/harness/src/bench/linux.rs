@@ -1,4 +1,4 @@
-//! What protection costs a stock Linux: compile-like work recorded with a live backup and alone, its log, its failover under load.
+//! What protection costs a stock Linux: compile-like work not recorded, recorded, and recorded with a live backup; its log; its failover under load.
 //!
 //! Times are the lab's own where it runs there: an emulated machine with one processor for both hosts. Only ratios mean anything.
 
@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use crate::bench::lockstep::{Logged, Sample};
 use crate::bench::machine::{Machine, Protection};
 use crate::bench::row::Row;
+use crate::bench::stats::percentile;
+use crate::bench::traffic::{self, Traffic};
 use crate::clock::{ms, now_ns};
 use crate::error::{HarnessError, IoContext};
 use crate::events::{CONSOLE, Event};
@@ -28,6 +30,13 @@ const IDLE: Duration = Duration::from_secs(10);
 const RECORDS: u64 = 60;
 const RATE: u32 = 3;
 const LOAD_SECONDS: u32 = 60;
+/// How often ft-log reports while the work is measured.
+const REPORT_MS: u32 = 50;
+/// The end of the load before the kill, of which the lag is told.
+const LAG_SECONDS: u64 = 10;
+/// ft-log's default of --lag-target-ms.
+const LAG_TARGET_MS: f64 = 100.0;
+const PAGE_BYTES: f64 = 4096.0;
 
 /// One machine's work.
 struct Run {
@@ -37,6 +46,25 @@ struct Run {
     processor_seconds: f64,
     idle: Logged,
     busy: Logged,
+}
+
+/// What only a pair has.
+struct Followed {
+    /// From its journal, which a machine alone does not keep.
+    boot: Traffic,
+    idle: Traffic,
+    busy: Traffic,
+    /// The backup's lag, as ft-log reported it under the work.
+    lags_ms: Vec<f64>,
+}
+
+fn mbit_s(logged: Logged) -> f64 {
+    logged.bytes * 8.0 / 1e6 / logged.seconds
+}
+
+#[allow(clippy::cast_precision_loss, reason = "a run has far less than 2^53 of anything")]
+fn count(number: u64) -> f64 {
+    number as f64
 }
 
 fn guest(linux: &Linux, work: Work) -> Guest {
@@ -55,9 +83,15 @@ pub fn costs(setup: &PairSetup, linux: &Linux, parent: &Path) -> Result<Vec<Row>
         guest: guest(linux, Work::Compile { rounds: ROUNDS }),
         ..setup.clone()
     };
-    let alone = run(&working, Protection::Alone, parent)?;
-    let pair = run(&working, Protection::Pair, parent)?;
-    Ok(cost_rows(&pair, &alone))
+    let run = |protection| run(&working, protection, parent);
+    let (unrecorded, _) = run(Protection::Unrecorded)?;
+    let (alone, _) = run(Protection::Alone)?;
+    let (pair, followed) = run(Protection::Pair)?;
+    let mut rows = cost_rows(&pair, &alone, &unrecorded);
+    if let Some(followed) = followed {
+        rows.extend(followed_rows(&pair, &followed));
+    }
+    Ok(rows)
 }
 
 /// The primary killed under load, and what was wrong with that.
@@ -74,28 +108,64 @@ pub fn failover(setup: &Setup, linux: &Linux, parent: &Path) -> Result<(Vec<Row>
     };
     let directory = tempfile::TempDir::new_in(parent).context(|| "create a directory for the run".to_owned())?;
     let outcome = scenario::run(&failover, directory.path())?;
-    Ok((failover_rows(&outcome), outcome.report.problems))
+    let rows = failover_rows(&outcome);
+    let mut problems = outcome.report.problems;
+    if rows.is_empty() {
+        problems.push(format!(
+            "the run has no figures of its failover: {:?}, {} of {RECORDS} records answered",
+            outcome.timeline, outcome.report.replies
+        ));
+    }
+    Ok((rows, problems))
 }
 
-fn run(setup: &PairSetup, protection: Protection, parent: &Path) -> Result<Run, HarnessError> {
-    let machine = Machine::boot(setup, protection, parent)?;
-    let deadline = Instant::now() + setup.guest.patience().boot;
-    let before = Sample::first(&machine, now_ns())?;
-    // This is what is measured, not a wait for something: a machine left alone for so long.
-    thread::sleep(IDLE);
-    let idle = Sample::first(&machine, now_ns())?.since(before);
-    wait_for_line(&machine, "load: compile: begins", deadline)?;
+fn run(setup: &PairSetup, protection: Protection, parent: &Path) -> Result<(Run, Option<Followed>), HarnessError> {
+    let mut setup = setup.clone();
+    setup
+        .ft_log_arguments
+        .extend(["--report-interval-ms".to_owned(), REPORT_MS.to_string()]);
+    let machine = Machine::boot(&setup, protection, parent)?;
+    let patience = setup.guest.patience().boot;
+    let idle = [Sample::first(&machine, now_ns())?, {
+        // This is what is measured, not a wait for something: a machine left alone for so long.
+        thread::sleep(IDLE);
+        Sample::first(&machine, now_ns())?
+    }];
+    wait_for_line(&machine, "load: compile: begins", Instant::now() + patience)?;
     let begun = (now_ns(), processor_seconds(&machine)?);
     let before = Sample::first(&machine, begun.0)?;
-    wait_for_line(&machine, "load: compile: done", deadline)?;
+    wait_for_line(&machine, "load: compile: done", Instant::now() + patience)?;
     let ended = (now_ns(), processor_seconds(&machine)?);
-    let busy = Sample::first(&machine, ended.0)?.since(before);
-    Ok(Run {
+    let after = Sample::first(&machine, ended.0)?;
+    let run = Run {
         seconds: ms(ended.0 - begun.0) / 1e3,
         processor_seconds: ended.1 - begun.1,
-        idle,
-        busy,
-    })
+        idle: idle[1].since(idle[0]),
+        busy: after.since(before),
+    };
+    if protection != Protection::Pair {
+        return Ok((run, None));
+    }
+    let journal = machine.pair.journal(HostId::A);
+    let times = [(Sample::POWER_ON, idle[0]), (idle[0], idle[1]), (before, after)];
+    let [boot, in_idle, in_busy] = traffic::between(&journal, times)?;
+    let followed = Followed {
+        boot,
+        idle: in_idle,
+        busy: in_busy,
+        lags_ms: lags_ms(&machine.pair.events().all(), begun.0, ended.0),
+    };
+    Ok((run, Some(followed)))
+}
+
+/// The backup's lag in that time, as the primary's ft-log reported it.
+fn lags_ms(events: &[Event], from_ns: u64, to_ns: u64) -> Vec<f64> {
+    let reports = events
+        .iter()
+        .filter(|event| event.is(HostId::A, FT_LOG, "log") && (from_ns..=to_ns).contains(&event.t_ns));
+    reports
+        .filter_map(|event| Some(count(event.number("lag_us")?) / 1e3))
+        .collect()
 }
 
 fn wait_for_line(machine: &Machine, text: &str, deadline: Instant) -> Result<(), HarnessError> {
@@ -133,25 +203,34 @@ fn used_ticks(stat: &str) -> u32 {
     fields.filter_map(|field| field.parse::<u32>().ok()).sum()
 }
 
-fn cost_rows(pair: &Run, alone: &Run) -> Vec<Row> {
-    let peer = "peer: the same machine alone, nothing sent or held";
+fn cost_rows(pair: &Run, alone: &Run, unrecorded: &Run) -> Vec<Row> {
+    let peer = "peer: the same machine, not recorded: its kernel as it is, no entries, no state deltas";
     let work = format!("{ROUNDS} rounds of 40 files written, tar, gzip, SHA-256, removed");
     let rate = |run: &Run| f64::from(ROUNDS) / run.seconds;
-    let mbit_s = |logged: Logged| logged.bytes * 8.0 / 1e6 / logged.seconds;
     vec![
         Row::new(
-            "compile-like work, rounds a second",
-            rate(pair),
+            "compile-like work, recorded",
             rate(alone),
-            "1/s",
-            format!("{work}; {peer}, whose backup takes no share of the processor"),
+            rate(unrecorded),
+            "rounds/s",
+            format!("{work}; one host, no backup; {peer}; aim: 0.9"),
         ),
         Row::new(
-            "the same work, processor time of the primary",
+            "the same, with a live backup",
+            rate(pair),
+            rate(unrecorded),
+            "rounds/s",
+            format!("{peer}, and no backup takes a share of the processor"),
+        ),
+        Row::new(
+            "the same, processor time of the primary",
             pair.processor_seconds,
-            alone.processor_seconds,
+            unrecorded.processor_seconds,
             "s",
-            format!("the four processes of host A; {peer}"),
+            format!(
+                "the four processes of host A; {peer}; recorded without a backup: {:.1} s",
+                alone.processor_seconds
+            ),
         ),
         Row::new(
             "log, idle",
@@ -169,9 +248,64 @@ fn cost_rows(pair: &Run, alone: &Run) -> Vec<Row> {
             mbit_s(pair.busy),
             mbit_s(alone.busy),
             "Mbit/s",
-            format!("{:.0} entries/s; {peer}", pair.busy.entries / pair.busy.seconds),
+            format!(
+                "{:.0} entries/s; peer: recorded without a backup",
+                pair.busy.entries / pair.busy.seconds
+            ),
         ),
     ]
+}
+
+fn followed_rows(pair: &Run, followed: &Followed) -> Vec<Row> {
+    let mut rows = vec![Row::new(
+        "exits, under the work",
+        count(followed.busy.exits) / pair.busy.seconds,
+        count(followed.idle.exits) / pair.idle.seconds,
+        "1/s",
+        "a pair; peer: idle".to_owned(),
+    )];
+    for (when, traffic) in [
+        ("boot", followed.boot),
+        ("idle", followed.idle),
+        ("under the work", followed.busy),
+    ] {
+        rows.extend(delta_row(when, traffic));
+    }
+    rows.extend(lag_rows("under the work", &followed.lags_ms));
+    rows
+}
+
+/// Nothing of a time without deltas.
+fn delta_row(when: &str, traffic: Traffic) -> Option<Row> {
+    let deltas = count(traffic.deltas);
+    (traffic.deltas > 0).then(|| {
+        Row::new(
+            format!("log of a state delta, {when}"),
+            count(traffic.delta_bytes) / deltas,
+            count(traffic.delta_pages) * PAGE_BYTES / deltas,
+            "bytes",
+            format!("{deltas:.0} deltas; peer: the pages in them, before compression"),
+        )
+    })
+}
+
+fn lag_rows(when: &str, lags_ms: &[f64]) -> Vec<Row> {
+    if lags_ms.is_empty() {
+        return Vec::new();
+    }
+    let row = |percent| {
+        Row::new(
+            format!("lag of the backup, {when}, p{percent}"),
+            percentile(lags_ms, percent),
+            LAG_TARGET_MS,
+            "ms",
+            format!(
+                "age of the oldest entry not replayed, {} reports of ft-log; peer: the lag from which on the primary is slowed",
+                lags_ms.len()
+            ),
+        )
+    };
+    vec![row(50), row(99)]
 }
 
 fn failover_rows(outcome: &Outcome) -> Vec<Row> {
@@ -210,16 +344,17 @@ fn failover_rows(outcome: &Outcome) -> Vec<Row> {
     ];
     let exits = |event: &&Event| event.is(HostId::B, SHIM, "live") && event.number("exits") > Some(0);
     let begun = |event: &&Event| event.is(HostId::A, SHIM, "live");
+    if let Some(fault_ns) = timeline.fault_ns {
+        let before = fault_ns.saturating_sub(LAG_SECONDS * 1_000_000_000);
+        rows.extend(lag_rows("under load", &lags_ms(&outcome.events, before, fault_ns)));
+    }
     if let (Some(live), Some(begun)) = (outcome.events.iter().find(exits), outcome.events.iter().find(begun))
         && let (Some(exits), Some(fault_ns)) = (live.number("exits"), timeline.fault_ns)
     {
         let seconds = ms(fault_ns.saturating_sub(begun.t_ns)) / 1e3;
-        #[allow(clippy::cast_precision_loss, reason = "a run has far less than 2^53 exits")]
-        let exits = exits as f64;
+        let exits = count(exits);
         let entries = outcome.events.iter().filter(|event| event.is(HostId::A, FT_LOG, "log"));
-        let logged = entries.filter_map(|event| event.number("entries")).max().unwrap_or(0);
-        #[allow(clippy::cast_precision_loss, reason = "a run logs far less than 2^53 entries")]
-        let logged = logged as f64;
+        let logged = count(entries.filter_map(|event| event.number("entries")).max().unwrap_or(0));
         rows.push(Row::new(
             "exits, boot and load",
             exits / seconds,
@@ -234,11 +369,31 @@ fn failover_rows(outcome: &Outcome) -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn ticks_are_those_of_user_and_kernel_mode() {
         let stat = "17 (a ) b) S 1 17 17 0 -1 4194560 100 0 0 0 250 50 7 8 20 0 4 0 100 1 1";
         assert_eq!(used_ticks(stat), 300);
         assert_eq!(used_ticks(""), 0);
+    }
+
+    #[test]
+    fn lags_are_those_that_the_primary_reported_in_the_time() {
+        let log = |host, t_ns: u64, lag_us: u64| {
+            let line = json!({"t_ns": t_ns, "event": "log", "lag_us": lag_us});
+            Event::parse(host, FT_LOG, &line.to_string()).expect("an event")
+        };
+        let events = [
+            log(HostId::A, 1, 9000),
+            log(HostId::A, 10, 1500),
+            log(HostId::B, 11, 7000),
+            log(HostId::A, 20, 0),
+            log(HostId::A, 21, 9000),
+        ];
+        assert_eq!(lags_ms(&events, 2, 20), [1.5, 0.0]);
+        let rows = lag_rows("now", &[4.0, 50.0, 25.0]);
+        assert_eq!((rows[0].ours, rows[1].ours, rows[1].ratio), (25.0, 50.0, 0.5));
+        assert!(lag_rows("now", &[]).is_empty());
     }
 }

@@ -221,6 +221,18 @@ impl Sample {
         )
     }
 
+    /// Before the first entry.
+    pub(crate) const POWER_ON: Self = Self {
+        t_ns: 0,
+        bytes: 0,
+        entries: 0,
+    };
+
+    /// Entries so far.
+    pub(crate) fn entries(self) -> u64 {
+        self.entries
+    }
+
     fn read(event: &Event) -> Option<Self> {
         Some(Self {
             t_ns: event.t_ns,

@@ -18,6 +18,8 @@ pub enum Protection {
     Pair,
     /// One host, `ft-log --alone`: everything is logged, nothing is sent or held.
     Alone,
+    /// One host as well, whose shim records nothing (`run --unrecorded`): the guest's kernel as it is, no entries, no state deltas.
+    Unrecorded,
 }
 
 /// Where images and journals are.
@@ -71,8 +73,11 @@ impl Machine {
         let mut setup = setup.clone();
         let hosts: &[HostId] = match protection {
             Protection::Pair => &[HostId::B, HostId::A],
-            Protection::Alone => {
+            Protection::Alone | Protection::Unrecorded => {
                 setup.ft_log_arguments.push("--alone".to_owned());
+                if protection == Protection::Unrecorded {
+                    setup.shim_arguments.push("--unrecorded".to_owned());
+                }
                 &[HostId::A]
             }
         };

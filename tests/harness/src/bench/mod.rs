@@ -21,3 +21,4 @@ pub mod log;
 pub mod machine;
 pub mod row;
 pub mod stats;
+mod traffic;
