@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use ft_protocol::{Body, Generation, Lsn, Role, entry::Entry};
 use ft_vcpu_shim::{
-    command::machine::MachineArgs,
+    command::machine::{MachineArgs, Positions},
     error::Error,
     lockstep::{
+        branches::{self, BranchClock},
         digest::Digests,
         execution::{End, Execution},
         history::{AccessKind, Event},
@@ -16,10 +17,11 @@ use ft_vcpu_shim::{
         source::Source,
         timeline::Timeline,
     },
+    machine::vcpu::open_kvm,
 };
 use tiny::{
-    busy_guest, fault_guest, halted_guest, machine, machine_of, msr_guest, record, record_with, run_recorded,
-    step_clock::StepClock,
+    branch_counter::FakeCounter, busy_guest, fault_guest, halted_guest, machine, machine_of, msr_guest, record,
+    record_with, run_recorded, run_unrecorded, step_clock::StepClock,
 };
 
 struct Frames(std::vec::IntoIter<Vec<u8>>);
@@ -263,6 +265,92 @@ fn a_position_clock_names_the_places_of_a_guest_that_only_computes() {
         let outcome = replay_with(&args, changed, clock(9));
         assert!(matches!(outcome, Err(Error::Diverged(_))), "{outcome:?}");
     }
+}
+
+#[test]
+fn a_counter_of_branches_names_the_same_places_however_late_its_overflows_are() {
+    const MARGIN: u32 = 2;
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine_of(&directory, &busy_guest());
+    let clock = |seed, skid| {
+        move |execution: &mut Execution| {
+            execution.set_clock(Box::new(BranchClock::new(FakeCounter::new(seed, skid, 0), MARGIN)));
+        }
+    };
+    let (digests, frames) = record_with(&args, &directory.path().join("console"), clock(1, 1));
+    let bodies = || frames.iter().map(|frame| Entry::decode(frame).unwrap().body);
+    let offsets: Vec<u32> = bodies()
+        .filter_map(|body| match body {
+            Body::Sync(stop) => Some(stop.position.offset),
+            _ => None,
+        })
+        .collect();
+    assert!(offsets.len() >= 12, "{offsets:?} for 12 alarms");
+    assert!(
+        offsets.iter().any(|offset| *offset > MARGIN),
+        "{offsets:?}: no overflow has room"
+    );
+    for (seed, skid) in [(2, 1), (3, MARGIN)] {
+        let replayed = replay_with(&args, frames.clone(), clock(seed, skid)).unwrap();
+        assert_eq!(replayed, (End::PowerOff, digests), "late by less than {skid}");
+    }
+    // Later than the margin, the place is passed: that is seen.
+    let outcome = replay_with(&args, frames, clock(5, 40 * MARGIN));
+    assert!(matches!(outcome, Err(Error::Diverged(_))), "{outcome:?}");
+}
+
+#[test]
+fn a_counter_that_does_not_repeat_or_is_too_late_is_refused() {
+    const MARGIN: u32 = 16;
+    let kvm = open_kvm().unwrap();
+    let tested = |skid, miscounts| {
+        let mut clock = BranchClock::new(FakeCounter::new(7, skid, miscounts), MARGIN);
+        branches::self_test(&kvm, &mut clock).unwrap()
+    };
+    assert_eq!(tested(1, 0), Ok(()));
+    assert_eq!(tested(MARGIN, 0), Ok(()));
+    let reason = tested(1, 1000).unwrap_err();
+    assert!(reason.contains("were counted"), "{reason}");
+    let reason = tested(10 * MARGIN, 0).unwrap_err();
+    assert!(reason.contains("would be too much"), "{reason}");
+}
+
+#[test]
+fn a_host_without_the_counter_refuses_the_mode_and_says_why() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine(&directory);
+    let deltas = args.load().unwrap().fingerprint;
+    let branches = MachineArgs {
+        positions: Positions::Branches,
+        ..args
+    };
+    match branches.load() {
+        Ok(loaded) => assert_ne!(loaded.fingerprint, deltas, "a pair of one and the other"),
+        Err(error) => {
+            let text = error.to_string();
+            assert!(
+                text.starts_with("--positions branches: ") && text.contains("use state deltas"),
+                "{text}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_unrecorded_guest_computes_the_same_and_leaves_no_log_to_replay() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine_of(&directory, &busy_guest());
+    let console = directory.path().join("console");
+    let (end, _, frames) = run_unrecorded(&args, &console);
+    assert_eq!(end.unwrap(), End::PowerOff);
+    assert_eq!(std::fs::read(console).unwrap(), b"ok\n");
+    let names: Vec<_> = frames
+        .iter()
+        .map(|frame| Entry::decode(frame).unwrap().body.name())
+        .collect();
+    assert_eq!(names, ["boot", "power-off"]);
+    let error = replay(&args, frames).unwrap_err();
+    assert!(error.to_string().contains("different machine"), "{error}");
 }
 
 #[test]

@@ -99,9 +99,16 @@ fn describe(host: &Host) -> String {
         "work",
         "not in ring 3: gdb moves from stop to stop there",
     );
+    text.push_str("places between stops: state deltas (the vCPU and the pages written, in the log)\n");
+    let _ = match &host.branches {
+        Ok(event) => writeln!(
+            text,
+            "  or, with --positions branches on both hosts, a counter of branches: {event}, which passed its test"
+        ),
+        Err(reason) => writeln!(text, "  --positions branches is refused here: {reason}"),
+    };
     text.push_str(
         "\
-places between stops: state deltas (the vCPU and the pages written, in the log); no counter of branches is used
 time stamp counter: hidden by CPUID; RDTSC and RDTSCP in the kernel and in the initrd's modules are answered from the log, so is RDMSR
 risks, found only as divergence: RDTSC, RDTSCP, RDRAND and RDSEED of user code that does not ask CPUID, and of modules loaded from a disk
 ",

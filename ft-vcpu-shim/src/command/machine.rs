@@ -15,11 +15,12 @@ use crate::{
     error::Error,
     lockstep::{
         execution::{Execution, OnLive},
+        position::PositionClock,
         timeline::Timeline,
     },
     machine::{
         boot::Image,
-        cpuid,
+        branches, cpuid,
         memory::Ram,
         vcpu::{Vcpu, guest_cpuid, open_kvm},
         windows,
@@ -42,6 +43,20 @@ pub struct MachineArgs {
     /// Guest memory in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(4..=3072))]
     pub ram_mib: u32,
+    /// How the log names a place where a guest without a stop of its own was stopped: `deltas`, the vCPU and the pages written, works on every
+    /// host; `branches`, the number of branches retired since the last exit, needs performance counters, the same event on both hosts.
+    #[arg(long, value_name = "HOW", value_enum, default_value_t)]
+    pub positions: Positions,
+}
+
+/// How places between stops are named.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Positions {
+    /// By state deltas.
+    #[default]
+    Deltas,
+    /// By the host's counter of retired branches. It has not run on hardware yet.
+    Branches,
 }
 
 /// A machine that is loaded and not yet powered on.
@@ -51,6 +66,7 @@ pub struct Loaded {
     windows: bool,
     guest: Guest,
     entry: u64,
+    clock: Option<Box<dyn PositionClock>>,
     /// Its memory.
     pub ram: Arc<Ram>,
     /// Digest of everything it starts from.
@@ -112,6 +128,18 @@ impl MachineArgs {
         ] {
             add(part);
         }
+        let clock = match self.positions {
+            Positions::Deltas => None,
+            Positions::Branches => {
+                let (event, clock) = branches::clock(&kvm, &cpuid)?.map_err(|reason| {
+                    Error::environment(format!("--positions branches: {reason} (--positions deltas)"))
+                })?;
+                tracing::info!("places between stops are named by {}", event.name);
+                add(b"branches");
+                add(&event.config.to_le_bytes());
+                Some(clock)
+            }
+        };
         if !fingerprinted.is_empty() {
             add(fingerprinted);
         }
@@ -121,6 +149,7 @@ impl MachineArgs {
             windows,
             guest: image.guest(),
             entry,
+            clock,
             ram,
             fingerprint: hash.finalize().into(),
         })
@@ -150,6 +179,13 @@ impl Loaded {
         };
         let board = Board::new(self.guest, wall_ns, descriptions.iter().map(transport).collect());
         let vcpu = Vcpu::new(&self.kvm, self.ram, &self.cpuid, self.entry)?;
-        Ok(Execution::new(vcpu, self.windows, board, ports, timeline, on_live))
+        if self.clock.is_some() {
+            vcpu.listen()?;
+        }
+        let mut execution = Execution::new(vcpu, self.windows, board, ports, timeline, on_live);
+        if let Some(clock) = self.clock {
+            execution.set_clock(clock);
+        }
+        Ok(execution)
     }
 }

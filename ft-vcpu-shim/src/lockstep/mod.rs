@@ -5,6 +5,7 @@
 //!                                 ◄── replay: the log decides, differences end it
 //! ```
 
+pub mod branches;
 pub mod delta;
 pub mod digest;
 pub mod divergence;

@@ -4,8 +4,8 @@
 //!   exit E ──────────── 4711 branches ───────────►│ stopped by a signal: position (E, 4711, RIP, RCX)
 //!   a replay:  run, overflow ─ margin early ─►│··►│ then instruction by instruction, until everything fits
 //! ```
-//! Nothing is wired to it yet but the tests' clock, which counts instructions by breakpoints: a counter of retired branches needs a PMU. Without a
-//! clock, [`super::delta`] does the same with pages and registers.
+//! The clock is the host's counter of retired branches ([`super::branches`]), or that of the tests, which counts instructions by breakpoints.
+//! Without one, [`super::delta`] does the same with pages and registers.
 //!
 //! An overflow comes late by some branches (skid), so a replay has it come early and walks the rest. Between two counts the instruction
 //! pointer tells places apart; where it does not (a function called twice without a branch), the registers' digest does.
@@ -41,13 +41,13 @@ pub trait PositionClock: Debug {
     ///
     /// # Errors
     /// A counter that cannot be read or set; so for all that follow.
-    fn restart(&mut self) -> Result<(), Error>;
+    fn restart(&mut self, vcpu: &Vcpu) -> Result<(), Error>;
 
     /// Progress since the last exit. The guest stands still.
     ///
     /// # Errors
     /// See [`PositionClock::restart`].
-    fn progress(&mut self) -> Result<u32, Error>;
+    fn progress(&mut self, vcpu: &Vcpu) -> Result<u32, Error>;
 
     /// More than an overflow is ever late.
     fn margin(&self) -> u32;
@@ -64,11 +64,11 @@ pub trait PositionClock: Debug {
 pub struct Unrecorded;
 
 impl PositionClock for Unrecorded {
-    fn restart(&mut self) -> Result<(), Error> {
+    fn restart(&mut self, _vcpu: &Vcpu) -> Result<(), Error> {
         Ok(())
     }
 
-    fn progress(&mut self) -> Result<u32, Error> {
+    fn progress(&mut self, _vcpu: &Vcpu) -> Result<u32, Error> {
         Ok(0)
     }
 
@@ -94,14 +94,14 @@ pub(super) fn run_to(
     is_there: impl Fn(&kvm_regs) -> bool,
 ) -> Result<Option<Exit>, Error> {
     let early = target.saturating_sub(clock.margin());
-    while clock.progress()? < early {
+    while clock.progress(vcpu)? < early {
         match clock.run(vcpu, Until::Progress(early), entering)? {
             Exit::Interrupted => entering = None,
             exit => return Ok(Some(exit)),
         }
     }
     let outcome = loop {
-        let progress = clock.progress()?;
+        let progress = clock.progress(vcpu)?;
         if progress > target {
             break Some(Exit::Interrupted);
         }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
-    boot,
+    boot, branches,
     memory::Ram,
     vcpu::{Exit, Vcpu, guest_cpuid},
     windows,
@@ -37,6 +37,8 @@ pub struct Host {
     pub windows: Result<(), String>,
     /// Whether breakpoints work in ring 3 (for debugging only).
     pub breakpoints: Result<(), String>,
+    /// Whether the host has a counter of branches that names places between stops, and which; otherwise why not.
+    pub branches: Result<String, String>,
     /// The guest's CPUID table here.
     pub cpuid: Vec<kvm_cpuid_entry2>,
 }
@@ -52,6 +54,7 @@ impl Host {
             linux: runs_kernels(kvm, &cpuid)?,
             windows: windows::probe(kvm)?,
             breakpoints: support::probe(kvm)?,
+            branches: branches::clock(kvm, &cpuid)?.map(|(event, _)| event.name.to_owned()),
             cpuid: cpuid.as_slice().to_vec(),
         })
     }
@@ -71,6 +74,10 @@ impl Host {
             "linux": verdict(&self.linux),
             "windows": verdict(&self.windows),
             "breakpoints": verdict(&self.breakpoints),
+            "branches": match &self.branches {
+                Ok(event) => json!({"works": true, "event": event}),
+                Err(reason) => json!({"works": false, "reason": reason}),
+            },
             "cpuid": self.cpuid.iter().map(row).collect::<Vec<_>>(),
         })
     }
@@ -156,6 +163,7 @@ mod tests {
             linux: Ok(()),
             windows: if windows { Ok(()) } else { Err("late".into()) },
             breakpoints: Ok(()),
+            branches: Err("none".into()),
             cpuid: vec![leaf(1, 7), leaf(7, ebx)],
         }
     }

@@ -57,32 +57,15 @@ impl Kick {
     /// # Errors
     /// When the kernel has no timer, or KVM refuses the signal mask.
     pub(super) fn new(vcpu: &VcpuFd) -> Result<Self, Error> {
-        let failed = |what: &str, source: std::io::Error| {
-            Error::environment(format!(
-                "cannot {what}, by which a guest that does not exit is stopped: {source}"
-            ))
-        };
-        let mut signals = SigSet::empty();
-        signals.add(SIGNAL);
-        signals
-            .thread_block()
-            .map_err(|errno| failed("block a signal", errno.into()))?;
-        let mask = SignalMask {
-            bytes: SIGNAL_SET_BYTES,
-            set: [0; SIGNAL_SET_BYTES as usize],
-        };
-        // SAFETY: KVM reads the head and as many bytes of the set as the head says; `mask` has both and outlives the call.
-        let result = unsafe { ioctl_with_ref(vcpu, request::KVM_SET_SIGNAL_MASK(), &mask) };
-        if result != 0 {
-            return Err(failed("set KVM's signal mask", std::io::Error::last_os_error()));
-        }
+        block(SIGNAL)?;
+        unblock_in_run(vcpu)?;
         let notify = SigEvent::new(SigevNotify::SigevThreadId {
             signal: SIGNAL,
             thread_id: gettid().as_raw(),
             si_value: 0,
         });
         let timer =
-            Timer::new(ClockId::CLOCK_MONOTONIC, notify).map_err(|errno| failed("make a timer", errno.into()))?;
+            Timer::new(ClockId::CLOCK_MONOTONIC, notify).map_err(|errno| failed("make a timer", &errno.into()))?;
         Ok(Self { timer, armed: false })
     }
 
@@ -106,13 +89,44 @@ impl Kick {
 
     /// Whether the timer fired; then it does not run any more.
     pub fn take(&mut self) -> bool {
-        let set = SigSet::from(SIGNAL);
-        let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: both pointers are valid for the call; no information about the signal is asked for.
-        let fired = unsafe { libc::sigtimedwait(set.as_ref(), std::ptr::null_mut(), &raw const none) } == SIGNAL as i32;
+        let fired = take(SIGNAL);
         if fired {
             self.armed = false;
         }
         fired
     }
+}
+
+fn failed(what: &str, source: &std::io::Error) -> Error {
+    Error::environment(format!(
+        "cannot {what}, by which a guest that does not exit is stopped: {source}"
+    ))
+}
+
+/// From now on `signal` waits in this thread until it is taken, or until KVM_RUN.
+pub(super) fn block(signal: Signal) -> Result<(), Error> {
+    let blocked = SigSet::from(signal).thread_block();
+    blocked.map_err(|errno| failed("block a signal", &errno.into()))
+}
+
+/// Lets every signal of the calling thread end KVM_RUN of `vcpu`.
+pub(super) fn unblock_in_run(vcpu: &VcpuFd) -> Result<(), Error> {
+    let mask = SignalMask {
+        bytes: SIGNAL_SET_BYTES,
+        set: [0; SIGNAL_SET_BYTES as usize],
+    };
+    // SAFETY: KVM reads the head and as many bytes of the set as the head says; `mask` has both and outlives the call.
+    let result = unsafe { ioctl_with_ref(vcpu, request::KVM_SET_SIGNAL_MASK(), &mask) };
+    if result != 0 {
+        return Err(failed("set KVM's signal mask", &std::io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+/// Takes `signal` if it waits.
+pub(super) fn take(signal: Signal) -> bool {
+    let set = SigSet::from(signal);
+    let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: both pointers are valid for the call; no information about the signal is asked for.
+    unsafe { libc::sigtimedwait(set.as_ref(), std::ptr::null_mut(), &raw const none) == signal as i32 }
 }

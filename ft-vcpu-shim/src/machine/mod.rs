@@ -1,6 +1,7 @@
 //! The virtual hardware below the devices: RAM, CPU, how a guest gets there.
 
 pub mod boot;
+pub mod branches;
 pub mod cpuid;
 pub mod host;
 pub mod kick;

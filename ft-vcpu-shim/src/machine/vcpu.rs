@@ -11,7 +11,7 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::{
     boot, cpuid,
-    kick::Kick,
+    kick::{self, Kick},
     memory::Ram,
     msr,
     state::{self, VcpuState},
@@ -175,6 +175,14 @@ impl Vcpu {
     /// See [`Kick::new`].
     pub fn kick(&self) -> Result<Kick, Error> {
         Kick::new(&self.vcpu)
+    }
+
+    /// Lets signals that wait for this thread end [`Vcpu::run`].
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn listen(&self) -> Result<(), Error> {
+        kick::unblock_in_run(&self.vcpu)
     }
 
     /// From now on KVM notes which pages the guest writes.

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
+pub mod branch_counter;
 pub mod step_clock;
 
 use std::{
@@ -17,11 +18,12 @@ use clap::Parser;
 use ft_client::{LogWriter, Region, journal::SegmentHeader, ring};
 use ft_protocol::{Body, Generation, Lsn, Role, entry::Entry, held::Committed};
 use ft_vcpu_shim::{
-    command::machine::MachineArgs,
+    command::machine::{Loaded, MachineArgs},
     error::Error,
     lockstep::{
         digest::Digests,
         execution::{End, Execution},
+        position::Unrecorded,
         record::Recorder,
     },
 };
@@ -338,6 +340,23 @@ pub fn run_recorded(
     console: &Path,
     prepare: impl FnOnce(&mut Execution, &Arc<Region>),
 ) -> (Result<End, Error>, Digests, Vec<Vec<u8>>) {
+    run_logged(args.load().unwrap(), console, |recorder| recorder, prepare)
+}
+
+/// Runs the guest as `run --unrecorded` does.
+pub fn run_unrecorded(args: &MachineArgs, console: &Path) -> (Result<End, Error>, Digests, Vec<Vec<u8>>) {
+    let machine = args.load_unrecorded().unwrap();
+    run_logged(machine, console, Recorder::unrecorded, |execution, _| {
+        execution.set_clock(Box::new(Unrecorded));
+    })
+}
+
+fn run_logged(
+    machine: Loaded,
+    console: &Path,
+    with: impl FnOnce(Recorder) -> Recorder,
+    prepare: impl FnOnce(&mut Execution, &Arc<Region>),
+) -> (Result<End, Error>, Digests, Vec<Vec<u8>>) {
     let region = Arc::new(Region::create().unwrap());
     region.publish(Role::Recording, Generation(1), Lsn(0));
     let memory = ring::create("test-log").unwrap();
@@ -372,10 +391,8 @@ pub fn run_recorded(
         }
     });
     let console = std::fs::File::create(console).unwrap();
-    let recorder = Recorder::new(log, Arc::clone(&region), console, Vec::new(), 0);
-    let mut execution = args
-        .load()
-        .unwrap()
+    let recorder = with(Recorder::new(log, Arc::clone(&region), console, Vec::new(), 0));
+    let mut execution = machine
         .power_on(Vec::new(), Box::new(recorder), Box::new(|_, _| {}))
         .unwrap();
     prepare(&mut execution, &region);

@@ -11,33 +11,42 @@ const MARGIN: u32 = 24;
 #[derive(Debug)]
 pub struct StepClock {
     progress: u32,
-    random: u64,
+    random: Random,
 }
 
 impl StepClock {
     pub fn new(seed: u64) -> Self {
         Self {
             progress: 0,
-            random: seed | 1,
+            random: Random::new(seed),
         }
     }
+}
 
-    /// xorshift64 (Marsaglia 2003).
-    fn skid(&mut self) -> u32 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        (self.random % u64::from(MARGIN)) as u32
+/// xorshift64 (Marsaglia 2003).
+#[derive(Debug)]
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed | 1)
+    }
+
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
     }
 }
 
 impl PositionClock for StepClock {
-    fn restart(&mut self) -> Result<(), Error> {
+    fn restart(&mut self, _vcpu: &Vcpu) -> Result<(), Error> {
         self.progress = 0;
         Ok(())
     }
 
-    fn progress(&mut self) -> Result<u32, Error> {
+    fn progress(&mut self, _vcpu: &Vcpu) -> Result<u32, Error> {
         Ok(self.progress)
     }
 
@@ -47,7 +56,7 @@ impl PositionClock for StepClock {
 
     fn run(&mut self, vcpu: &mut Vcpu, until: Until, mut entering: Option<u8>) -> Result<Exit, Error> {
         let overflow = match until {
-            Until::Progress(progress) => progress + self.skid(),
+            Until::Progress(progress) => progress + self.random.below(u64::from(MARGIN)) as u32,
             Until::Exit | Until::Breakpoint => u32::MAX,
         };
         loop {

@@ -212,10 +212,10 @@ impl Execution {
     /// Counts the stop, and gives its offset.
     pub(super) fn count(&mut self, advance: &Advance) -> Result<u32, Error> {
         match (&mut self.clock, advance) {
-            (Some(clock), Advance::Named) => clock.progress(),
+            (Some(clock), Advance::Named) => clock.progress(&self.vcpu),
             (Some(clock), _) => {
                 self.exits += 1;
-                clock.restart()?;
+                clock.restart(&self.vcpu)?;
                 Ok(0)
             }
             (None, _) => {

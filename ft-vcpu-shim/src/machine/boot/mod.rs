@@ -170,7 +170,7 @@ fn check_command_line(command_line: &str, bytes_max: usize) -> Result<(), Error>
 }
 
 /// GDT and page tables of the entry state.
-pub(super) fn write_tables(memory: &GuestMemoryMmap) {
+pub(crate) fn write_tables(memory: &GuestMemoryMmap) {
     put_words(memory, GDT, &GDT_ENTRIES);
     put_words(memory, PML4, &[PDPT | PRESENT_WRITABLE]);
     for gib in 0..4 {
