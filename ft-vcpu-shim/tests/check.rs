@@ -21,6 +21,8 @@ fn a_host_pairs_with_itself_and_not_with_another_cpu() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{text}");
     assert!(text.contains("can be primary and backup"), "{text}");
+    // Whatever this host has: the operator is told, and not left to find out by --positions branches.
+    assert!(text.contains("--positions branches"), "{text}");
 
     let mut host: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     let ecx = host["cpuid"][1][2][2].as_u64().unwrap();

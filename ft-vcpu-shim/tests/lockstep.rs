@@ -12,7 +12,7 @@ use ft_vcpu_shim::{
         branches::{self, BranchClock},
         digest::Digests,
         execution::{End, Execution},
-        history::{AccessKind, Event},
+        history::{AccessKind, Event, StopRecord},
         replay::{Replayer, Successor},
         source::Source,
         timeline::Timeline,
@@ -20,8 +20,8 @@ use ft_vcpu_shim::{
     machine::vcpu::open_kvm,
 };
 use tiny::{
-    branch_counter::FakeCounter, busy_guest, fault_guest, halted_guest, machine, machine_of, msr_guest, record,
-    record_with, run_recorded, run_unrecorded, step_clock::StepClock,
+    branch_counter::FakeCounter, busy_guest, fault_guest, half_guest, halted_guest, machine, machine_of, msr_guest,
+    record, record_with, run_recorded, run_unrecorded, step_clock::StepClock,
 };
 
 struct Frames(std::vec::IntoIter<Vec<u8>>);
@@ -219,7 +219,10 @@ fn the_hosts_msrs_are_answered_from_the_log_or_fault() {
     let mut execution = replaying(&args, frames).unwrap();
     execution.run().unwrap();
     let faults = execution.vcpu().registers().r9;
-    assert_eq!(faults, 100, "MPERF was read, or KVM's clock set up");
+    assert_eq!(
+        faults, 250,
+        "MPERF was read, KVM's clock set up, DEBUGCTL read or written, or the last branch read"
+    );
 }
 
 #[test]
@@ -399,4 +402,29 @@ fn an_interrupt_that_meets_a_fault_enters_behind_it() {
             "{stop:?}"
         );
     }
+}
+
+#[test]
+fn an_interrupt_enters_when_the_access_that_it_waits_at_is_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine_of(&directory, &half_guest());
+    let (digests, frames) = record(&args, &directory.path().join("console"));
+    let mut execution = replaying(&args, frames).unwrap();
+    assert_eq!(execution.run().unwrap(), End::PowerOff);
+    assert_eq!(execution.digests(), digests);
+    let registers = execution.vcpu().registers();
+    assert_eq!((registers.r8, registers.r9), (60, 40), "interrupts and faults");
+    let stops: Vec<_> = execution.history().all().collect();
+    let interrupted = |stop: &StopRecord| stop.events().any(|event| matches!(event, Event::Interrupt { .. }));
+    let inputs = stops
+        .iter()
+        .filter(|stop| stop.access.kind == AccessKind::PortRead && stop.access.bytes == 2);
+    assert_eq!(inputs.clone().count(), 20);
+    let loads = stops.iter().filter(|stop| stop.access.kind == AccessKind::MmioRead);
+    for stop in inputs.chain(loads) {
+        assert!(!interrupted(stop), "{stop:?}");
+    }
+    // Where the access ends well, the interrupt enters at its end, if no window let it in before.
+    let behind = stops.iter().filter(|stop| interrupted(stop)).count();
+    assert_eq!(behind, 60);
 }

@@ -22,7 +22,7 @@ use crate::{
         boot::Image,
         branches, cpuid,
         memory::Ram,
-        vcpu::{Vcpu, guest_cpuid, open_kvm},
+        vcpu::{Vcpu, guest_cpuid, host_msrs, open_kvm},
         windows,
     },
     platform::{Board, Guest, virtio_mmio::Transport},
@@ -127,6 +127,10 @@ impl MachineArgs {
             &cpuid::bytes(&cpuid),
         ] {
             add(part);
+        }
+        for (index, value) in host_msrs(&kvm, &cpuid)? {
+            add(&index.to_le_bytes());
+            add(&value.to_le_bytes());
         }
         let clock = match self.positions {
             Positions::Deltas => None,

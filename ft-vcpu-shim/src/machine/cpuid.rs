@@ -19,7 +19,7 @@ fn edx(entry: &mut kvm_cpuid_entry2) -> &mut u32 {
 }
 
 /// Everything whose result is not a function of the instructions before it, and what only makes sense with a local APIC.
-const HIDDEN: [Hidden; 43] = [
+const HIDDEN: [Hidden; 46] = [
     Hidden(1, 0, edx, 4),            // TSC
     Hidden(1, 0, edx, 9),            // local APIC: interrupts enter by the 8259A pair
     Hidden(1, 0, edx, 21),           // DS: debug store, branches and events into memory
@@ -41,6 +41,7 @@ const HIDDEN: [Hidden; 43] = [
     Hidden(7, 0, ecx, 5),            // WAITPKG: waits end with time
     Hidden(7, 0, ecx, 7),            // shadow stacks: their MSRs are in no state delta
     Hidden(7, 0, ecx, 22),           // RDPID
+    Hidden(7, 0, ecx, 24),           // bus lock detection, which is switched on in DEBUGCTL
     Hidden(7, 0, ecx, 29),           // ENQCMD
     Hidden(7, 0, edx, 13),           // TSX_FORCE_ABORT
     Hidden(7, 0, edx, 19),           // architectural LBR
@@ -49,11 +50,13 @@ const HIDDEN: [Hidden; 43] = [
     Hidden(0xd, 1, eax, 1), // XSAVEC
     Hidden(0xd, 1, eax, 2), // XGETBV of XINUSE
     Hidden(0xd, 1, eax, 3), // XSAVES
+    Hidden(0xd, 1, eax, 4), // XFD: its MSRs are in no state delta
     Hidden(0x8000_0001, 0, edx, 4), // TSC, AMD's copy
     Hidden(0x8000_0001, 0, edx, 9), // local APIC, AMD's copy
     Hidden(0x8000_0001, 0, edx, 27), // RDTSCP
     Hidden(0x8000_0001, 0, ecx, 2), // SVM
     Hidden(0x8000_0001, 0, ecx, 3), // extended APIC
+    Hidden(0x8000_0001, 0, ecx, 9), // OSVW: the errata of the host's CPU
     Hidden(0x8000_0001, 0, ecx, 10), // instruction-based sampling
     Hidden(0x8000_0001, 0, ecx, 15), // lightweight profiling
     Hidden(0x8000_0001, 0, ecx, 23), // performance counters of the core
@@ -182,13 +185,16 @@ mod tests {
             ("RDSEED", seven.ebx, 18),
             ("PT", seven.ebx, 25),
             ("WAITPKG", seven.ecx, 5),
+            ("bus lock detection", seven.ecx, 24),
             ("RDPID", seven.ecx, 22),
             ("XSAVEOPT", states.eax, 0),
             ("XSAVEC", states.eax, 1),
             ("XGETBV", states.eax, 2),
             ("XSAVES", states.eax, 3),
+            ("XFD", states.eax, 4),
             ("RDTSCP", extended.edx, 27),
             ("SVM", extended.ecx, 2),
+            ("OSVW", extended.ecx, 9),
             ("IBS", extended.ecx, 10),
             ("MWAITX", extended.ecx, 29),
             ("RDPRU", capacity.ebx, 4),

@@ -15,7 +15,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{
     boot, branches,
     memory::Ram,
-    vcpu::{Exit, Vcpu, guest_cpuid},
+    vcpu::{Exit, Vcpu, guest_cpuid, host_msrs},
     windows,
 };
 use crate::{debug::support, error::Error};
@@ -39,6 +39,8 @@ pub struct Host {
     pub breakpoints: Result<(), String>,
     /// Whether the host has a counter of branches that names places between stops, and which; otherwise why not.
     pub branches: Result<String, String>,
+    /// MSRs that only the host sets, as a guest reads them.
+    pub msrs: Vec<(u32, u64)>,
     /// The guest's CPUID table here.
     pub cpuid: Vec<kvm_cpuid_entry2>,
 }
@@ -55,6 +57,7 @@ impl Host {
             windows: windows::probe(kvm)?,
             breakpoints: support::probe(kvm)?,
             branches: branches::clock(kvm, &cpuid)?.map(|(event, _)| event.name.to_owned()),
+            msrs: host_msrs(kvm, &cpuid)?,
             cpuid: cpuid.as_slice().to_vec(),
         })
     }
@@ -78,6 +81,7 @@ impl Host {
                 Ok(event) => json!({"works": true, "event": event}),
                 Err(reason) => json!({"works": false, "reason": reason}),
             },
+            "msrs": self.msrs,
             "cpuid": self.cpuid.iter().map(row).collect::<Vec<_>>(),
         })
     }
@@ -116,6 +120,18 @@ impl Host {
                     ));
                 }
             }
+        }
+        let msrs: Vec<(u32, u64)> =
+            serde_json::from_value(other["msrs"].clone()).map_err(|_| "it does not say what its MSRs are")?;
+        let (mut here, mut there) = (self.msrs.clone(), msrs.clone());
+        here.retain(|msr| !msrs.contains(msr));
+        there.retain(|msr| !self.msrs.contains(msr));
+        for (host, (index, value)) in here
+            .into_iter()
+            .map(|msr| ("this", msr))
+            .chain(there.into_iter().map(|msr| ("the other", msr)))
+        {
+            differences.push(format!("MSR {index:#x} is {value:#x} on {host} host only"));
         }
         for entry in left {
             differences.push(format!(
@@ -164,6 +180,7 @@ mod tests {
             windows: if windows { Ok(()) } else { Err("late".into()) },
             breakpoints: Ok(()),
             branches: Err("none".into()),
+            msrs: vec![(0x8b, 1), (0x10a, 5)],
             cpuid: vec![leaf(1, 7), leaf(7, ebx)],
         }
     }
@@ -180,6 +197,16 @@ mod tests {
         assert_eq!(differences.len(), 2, "{differences:?}");
         assert!(differences[0].contains("this host only"), "{differences:?}");
         assert!(differences[1].contains("leaf 0x7.0 EBX") && differences[1].contains("bits 0x00000040"));
+        let mut patched = host(0x20, true);
+        patched.msrs[1].1 = 7;
+        let differences = here.differences(&patched.json()).unwrap();
+        assert_eq!(
+            differences,
+            [
+                "MSR 0x10a is 0x5 on this host only",
+                "MSR 0x10a is 0x7 on the other host only"
+            ]
+        );
         let mut fewer = host(0x20, true);
         fewer.cpuid.pop();
         assert!(here.differences(&fewer.json()).unwrap()[0].contains("this host only"));

@@ -13,24 +13,33 @@ use crate::error::Error;
 pub const TIME_STAMP_COUNTER: u32 = 0x10;
 
 /// First MSR and number of each filtered range.
-const HOSTS: [(u32, u32); 15] = [
+const HOSTS: [(u32, u32); 16] = [
     (TIME_STAMP_COUNTER, 3), // and KVM's old clock
     (0x3b, 1),               // TSC_ADJUST
     (0xc1, 8),               // PMC0...
     (0xe7, 2),               // MPERF, APERF
     (0x186, 8),              // PERFEVTSEL0...
     (0x19c, 1),              // THERM_STATUS
-    (0x309, 3),              // FIXED_CTR0...
-    (0x38d, 5),              // FIXED_CTR_CTRL, PERF_GLOBAL_...
-    (0x4c1, 8),              // A_PMC0...
-    (0x606, 0x3c),           // power and energy
-    (0x6e0, 1),              // TSC_DEADLINE
-    (0xc000_00e7, 3),        // MPERF, APERF, instructions retired (AMD)
-    (0xc001_0000, 8),        // PERF_CTL0..., PERF_CTR0... (AMD)
-    (0xc001_0200, 12),       // the same, extended
-    (0x4b56_4d00, 8),        // KVM: clock, asynchronous page faults, steal time, EOI
+    (0x1d9, 6), // DEBUGCTL and the last branches and exceptions that it has the CPU note: no state delta could carry them
+    (0x309, 3), // FIXED_CTR0...
+    (0x38d, 5), // FIXED_CTR_CTRL, PERF_GLOBAL_...
+    (0x4c1, 8), // A_PMC0...
+    (0x606, 0x3c), // power and energy
+    (0x6e0, 1), // TSC_DEADLINE
+    (0xc000_00e7, 3), // MPERF, APERF, instructions retired (AMD)
+    (0xc001_0000, 8), // PERF_CTL0..., PERF_CTR0... (AMD)
+    (0xc001_0200, 12), // the same, extended
+    (0x4b56_4d00, 8), // KVM: clock, asynchronous page faults, steal time, EOI
 ];
 const LONGEST: usize = 0x40;
+
+/// Whether accesses to this MSR are exits.
+#[must_use]
+pub fn is_filtered(index: u32) -> bool {
+    HOSTS
+        .iter()
+        .any(|(first, count)| (*first..first + count).contains(&index))
+}
 
 /// Makes the accesses of the guests of `vm` to these MSRs exits. Before its vCPU is made.
 ///

@@ -6,6 +6,8 @@
 //! Of the model-specific registers it has those that a guest may write and that the same instructions give the same value on every
 //! host; time stamps, counters and what KVM invents are none of them. Writer and reader stand beside each other here.
 
+use std::ops::Range;
+
 use kvm_bindings::{Msrs, kvm_debugregs, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave};
 use kvm_ioctls::VcpuFd;
 use zerocopy::{FromBytes, IntoBytes};
@@ -15,13 +17,19 @@ use crate::error::Error;
 
 const CR4_PGE: u64 = 1 << 7;
 const LSTAR: u32 = 0xc000_0082;
-/// MSRs that belong to the state, where KVM has them.
-const MSRS: [u32; 43] = [
-    0x48, // SPEC_CTRL
+/// MSRs that belong to the state, where KVM has them, beside [`MACHINE_CHECK_BANKS`].
+const MSRS: [u32; 52] = [
+    0x3a,  // FEATURE_CONTROL
+    0x48,  // SPEC_CTRL
+    0x122, // TSX_CTRL
+    0x140, // MISC_FEATURES_ENABLES
     0x174,
     0x175,
     0x176, // SYSENTER_CS, ESP, EIP
+    0x17a, // MCG_STATUS
+    0x17b, // MCG_CTL
     0x1a0, // MISC_ENABLE
+    0x1fc, // POWER_CTL
     0x200,
     0x201,
     0x202,
@@ -59,8 +67,23 @@ const MSRS: [u32; 43] = [
     0xc000_0102, // KERNEL_GS_BASE
     0xc000_0103, // TSC_AUX
     0xc001_0015, // HWCR (AMD)
+    0xc001_0114, // VM_CR (AMD)
+    0xc001_0117, // VM_HSAVE_PA (AMD)
     0xc001_011f, // VIRT_SPEC_CTRL (AMD)
+    0xc001_1029, // DE_CFG (AMD): Linux sets a bit of it at boot
 ];
+/// Control, status, address and miscellaneous of each bank; Linux enables all that there are, and reads whether it could.
+const MACHINE_CHECK_BANKS: Range<u32> = 0x400..0x480;
+const MSRS_MAX: usize = MSRS.len() + (MACHINE_CHECK_BANKS.end - MACHINE_CHECK_BANKS.start) as usize;
+
+fn msrs() -> impl Iterator<Item = u32> {
+    MSRS.into_iter().chain(MACHINE_CHECK_BANKS)
+}
+
+/// Whether an MSR belongs to the state.
+fn is_state(index: u32) -> bool {
+    MSRS.contains(&index) || MACHINE_CHECK_BANKS.contains(&index)
+}
 
 /// Most bytes of an encoded state: all of it is of fixed size but the MSRs.
 const FIXED_BYTES: usize = 1
@@ -86,13 +109,13 @@ pub struct VcpuState {
     msrs: Vec<kvm_msr_entry>,
 }
 
-/// Which of [`MSRS`] this KVM has for a guest with the CPUID of `vcpu`: some can be read and not set.
+/// Which of [`msrs`] this KVM has for a guest with the CPUID of `vcpu`: some can be read and not set.
 ///
 /// # Errors
 /// When KVM cannot be asked.
 pub(super) fn supported_msrs(vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, Error> {
-    let mut supported = Vec::with_capacity(MSRS.len());
-    for index in MSRS {
+    let mut supported = Vec::with_capacity(MSRS_MAX);
+    for index in msrs() {
         let entry = kvm_msr_entry {
             index,
             ..Default::default()
@@ -108,6 +131,29 @@ pub(super) fn supported_msrs(vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, Error>
 
 fn list(entries: &[kvm_msr_entry]) -> Msrs {
     Msrs::from_entries(entries).expect("far fewer than KVM's limit")
+}
+
+/// MSRs that only the host sets, and a guest reads: with another value there, it would be another execution.
+const OF_THE_HOST: [u32; 4] = [
+    0x8b,        // the microcode's revision
+    0xce,        // PLATFORM_INFO
+    0x10a,       // ARCH_CAPABILITIES
+    0xc001_1029, // DE_CFG (AMD), before the guest writes it
+];
+
+/// What a guest with the CPUID of `vcpu` reads of its host, by MSR.
+pub(super) fn host_msrs(vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, Error> {
+    let mut values = Vec::with_capacity(OF_THE_HOST.len());
+    for index in OF_THE_HOST {
+        let mut one = list(&[kvm_msr_entry {
+            index,
+            ..Default::default()
+        }]);
+        if vcpu.get_msrs(&mut one).map_err(kvm_failed("read MSRs"))? == 1 {
+            values.push((index, one.as_slice()[0].data));
+        }
+    }
+    Ok(values)
 }
 
 /// Where SYSCALL leads, if the guest said so.
@@ -198,7 +244,7 @@ impl VcpuState {
     /// Reads what [`VcpuState::encode`] wrote; `None` for anything else.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let bytes_max = FIXED_BYTES + MSRS.len() * size_of::<kvm_msr_entry>();
+        let bytes_max = FIXED_BYTES + MSRS_MAX * size_of::<kvm_msr_entry>();
         let bytes = lz4_flex::block::decompress(bytes, bytes_max).ok()?;
         let (can_interrupt, rest) = bytes.split_first()?;
         let (regs, rest) = FromBytes::read_from_prefix(rest).ok()?;
@@ -210,7 +256,7 @@ impl VcpuState {
         let msrs = rest.chunks(size_of::<kvm_msr_entry>());
         let msrs: Option<Vec<kvm_msr_entry>> = msrs.map(|entry| FromBytes::read_from_bytes(entry).ok()).collect();
         // Nothing is set in a vCPU that is not of this list, whoever wrote the log.
-        let msrs = msrs.filter(|msrs| msrs.iter().all(|entry| MSRS.contains(&entry.index)))?;
+        let msrs = msrs.filter(|msrs| msrs.iter().all(|entry| is_state(entry.index)))?;
         Some(Self {
             can_interrupt: match can_interrupt {
                 0 => false,
@@ -233,6 +279,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::machine::{
+        msr,
+        vcpu::{guest_cpuid, open_kvm},
+    };
 
     fn state(msr: u32) -> VcpuState {
         VcpuState {
@@ -266,6 +316,77 @@ mod tests {
             "the time stamp counter"
         );
         assert!(VcpuState::decode(&encoded[..encoded.len() - 1]).is_none());
+    }
+
+    /// What KVM itself would have saved, so what a guest can have changed, is recorded in some way.
+    #[test]
+    fn every_msr_of_this_kvm_is_carried_or_filtered_or_the_hosts() {
+        // Only the host sets them.
+        const HOSTS: [u32; 8] = [
+            0x34,        // SMI_COUNT
+            0x8b,        // the microcode's revision
+            0x9e,        // SMBASE
+            0xce,        // PLATFORM_INFO
+            0x10a,       // ARCH_CAPABILITIES
+            0x345,       // PERF_CAPABILITIES
+            0xc000_0104, // TSC_RATIO
+            0xc001_0010, // SYSCFG
+        ];
+        // Faults, since CPUID does not offer what they belong to.
+        let is_hidden = |index| {
+            matches!(index,
+                0x8c..=0x8f | 0xd90 | 0xe1 // SGX, MPX, WAITPKG
+                | 0x1c4 | 0x1c5 // XFD
+                | 0x480..=0x491 // VMX
+                | 0x560..=0x587 // processor trace
+                | 0x6a0..=0x6a8 // shadow stacks
+                | 0xc001_0140 | 0xc001_0141 // OSVW
+                | 0xc000_0300..=0xc000_0302 | 0x3f1 | 0x3f2 // counters, with KVM's PMU switched off
+                | 0x4000_0000..=0x4000_01ff // Hyper-V
+            )
+        };
+        let list = open_kvm().unwrap().get_msr_index_list().unwrap();
+        let mut left = list.as_slice().to_vec();
+        left.retain(|index| {
+            !(is_state(*index) || msr::is_filtered(*index) || HOSTS.contains(index) || is_hidden(*index))
+        });
+        assert!(left.is_empty(), "{left:x?}");
+    }
+
+    #[test]
+    fn what_a_guest_wrote_before_a_delta_is_what_it_reads_after_one() {
+        let (from, to) = (vcpu(), vcpu());
+        // Those that every KVM has, and those that AMD's have.
+        let mut carried = 0;
+        for (index, data) in [(0x405, 0x1234), (0x47f, 5), (0x17a, 4), (0x1fc, 1), (0xc001_1029, 2)] {
+            let entry = kvm_msr_entry {
+                index,
+                data,
+                ..Default::default()
+            };
+            let msrs = supported_msrs(&from).unwrap();
+            if from.set_msrs(&list(&[entry])).unwrap() != 1 {
+                continue;
+            }
+            let state = VcpuState::capture(&from, &msrs, false).unwrap();
+            VcpuState::decode(&state.encode()).unwrap().put(&to).unwrap();
+            let mut read = list(&[kvm_msr_entry {
+                index,
+                ..Default::default()
+            }]);
+            assert_eq!(to.get_msrs(&mut read).unwrap(), 1);
+            assert_eq!(read.as_slice()[0].data, data, "MSR {index:#x}");
+            carried += 1;
+        }
+        assert!(carried >= 3, "{carried}");
+    }
+
+    fn vcpu() -> VcpuFd {
+        let kvm = open_kvm().unwrap();
+        let vm = kvm.create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        vcpu.set_cpuid2(&guest_cpuid(&kvm).unwrap()).unwrap();
+        vcpu
     }
 
     proptest! {

@@ -90,6 +90,10 @@ pub struct Vcpu {
     data: Vec<u8>,
     /// Where the answer to a read exit goes in the run area, and how long it is.
     pending: Option<*mut [u8]>,
+    /// KVM has to finish the access of the last exit.
+    unfinished: bool,
+    /// The exit that finishing an access led to.
+    ahead: Option<Exit>,
     msrs: Vec<kvm_msr_entry>,
     vm: VmFd,
     /// Mapped by KVM, so it must outlive the VM.
@@ -164,6 +168,8 @@ impl Vcpu {
             vcpu,
             data: Vec::with_capacity(EXIT_BYTES_MAX),
             pending: None,
+            unfinished: false,
+            ahead: None,
             vm,
             ram,
         })
@@ -264,7 +270,11 @@ impl Vcpu {
     /// # Errors
     /// When KVM cannot run the guest.
     pub fn run(&mut self) -> Result<Exit, Error> {
+        if let Some(exit) = self.ahead.take() {
+            return Ok(exit);
+        }
         self.pending = None;
+        self.unfinished = false;
         self.data.clear();
         let exit = match self.vcpu.run() {
             Ok(exit) => exit,
@@ -273,7 +283,7 @@ impl Vcpu {
             }
             Err(errno) => return Err(Error::environment(format!("KVM cannot run the guest: {errno}"))),
         };
-        Ok(match exit {
+        let exit = match exit {
             VcpuExit::IoOut(port, data) => {
                 self.data.extend_from_slice(data);
                 let size = self.port_size();
@@ -303,7 +313,17 @@ impl Vcpu {
             VcpuExit::Debug(_) => Exit::Trap,
             VcpuExit::Shutdown => Exit::Shutdown,
             other => Exit::Unexpected(format!("{other:?}")),
-        })
+        };
+        self.unfinished = matches!(
+            exit,
+            Exit::PortWrite { .. }
+                | Exit::PortRead { .. }
+                | Exit::MmioWrite { .. }
+                | Exit::MmioRead { .. }
+                | Exit::MsrRead { .. }
+                | Exit::MsrWrite { .. }
+        );
+        Ok(exit)
     }
 
     fn port_size(&mut self) -> usize {
@@ -413,6 +433,31 @@ impl Vcpu {
         run.ready_for_interrupt_injection != 0 && run.if_flag != 0
     }
 
+    /// Whether an interrupt can enter the guest behind the access of the last exit, which is finished for that: it may fault then (string input
+    /// into unmapped memory, a load from a device that is pushed onto an unmapped stack, a trap flag), and KVM forgets an interrupt that is to
+    /// enter beside a fault. It may also have a second part, an exit of its own, and no interrupt enters between the two.
+    ///
+    /// # Errors
+    /// See [`Vcpu::run`].
+    pub fn can_interrupt_behind_access(&mut self) -> Result<bool, Error> {
+        if !self.can_interrupt() || !self.unfinished {
+            return Ok(self.can_interrupt());
+        }
+        self.vcpu.set_kvm_immediate_exit(1);
+        let finished = self.run();
+        self.vcpu.set_kvm_immediate_exit(0);
+        match finished? {
+            Exit::Interrupted => {}
+            exit => {
+                self.ahead = Some(exit);
+                return Ok(false);
+            }
+        }
+        let events = self.vcpu.get_vcpu_events().map_err(kvm_failed("tell of exceptions"))?;
+        let faults = events.exception.injected != 0 || events.exception.pending != 0;
+        Ok(self.can_interrupt() && !faults)
+    }
+
     /// Makes `vector` enter the guest when it continues.
     ///
     /// # Errors
@@ -431,6 +476,15 @@ impl Vcpu {
         self.vcpu.get_kvm_run().ready_for_interrupt_injection = 0;
         Ok(())
     }
+}
+
+/// The MSRs that a guest with this CPUID reads and only the host sets, with their values.
+///
+/// # Errors
+/// Whatever KVM refuses.
+pub fn host_msrs(kvm: &Kvm, cpuid: &CpuId) -> Result<Vec<(u32, u64)>, Error> {
+    let vcpu = Vcpu::new(kvm, Arc::new(Ram::new(4)?), cpuid, 0)?;
+    state::host_msrs(&vcpu.vcpu)
 }
 
 /// The CPUID table for the guest on this host.

@@ -97,6 +97,8 @@ global_asm!(
     .global halted_guest_end
     .global fault_guest_start
     .global fault_guest_end
+    .global half_guest_start
+    .global half_guest_end
     .global msr_guest_start
     .global msr_guest_end
 
@@ -199,7 +201,57 @@ fault_guest_start:
     .quad 0x20000
 fault_guest_end:
 
-    # 50 times: read the time stamp counter by RDMSR, into R8, and MPERF, which faults: each fault counts 1 in R9.
+    # 20 times each, while the clock's interrupt waits to enter: string input and a copy from a device, both into unmapped memory, which fault
+    # while they are finished; and an access to a device that reads and writes. Interrupts are counted in R8, faults in R9.
+    .macro while_the_alarm_is_due
+    cli
+    mov rax, qword ptr [rbx]
+    mov qword ptr [rbx + 8], rax
+    mov rsi, rbx
+    movabs rdi, 0x8000000000
+    mov edx, 0x80
+    sti
+    nop
+    .endm
+
+half_guest_start:
+    guest_begins
+    guest_vector 14, 8f
+    controllers 1
+    mov r10d, 20
+2:
+    while_the_alarm_is_due
+    insw
+    in al, 0x80
+    in al, 0x80
+    while_the_alarm_is_due
+    movsq
+    in al, 0x80
+    in al, 0x80
+    while_the_alarm_is_due
+    or qword ptr [rbx + 0x20], 1
+    in al, 0x80
+    in al, 0x80
+    dec r10d
+    jnz 2b
+    guest_ends
+6:  inc r8
+    push rax
+    mov qword ptr [rbx + 8], 0
+    mov al, 0x20
+    out 0xa0, al
+    out 0x20, al
+    pop rax
+    iretq
+8:  inc r9
+    add qword ptr [rsp + 8], 2
+    add rsp, 8
+    iretq
+7:  .word 0xfff
+    .quad 0x20000
+half_guest_end:
+
+    # 50 times: read the time stamp counter by RDMSR, into R8, and MPERF, which faults, as do KVM's clock and DEBUGCTL: each fault counts 1 in R9.
 msr_guest_start:
     guest_begins
     guest_vector 13, 8f
@@ -214,6 +266,13 @@ msr_guest_start:
     rdmsr
     mov ecx, 0x4b564d01
     wrmsr
+    mov ecx, 0x1d9
+    rdmsr
+    mov eax, 1
+    xor edx, edx
+    wrmsr
+    mov ecx, 0x1db
+    rdmsr
     dec r10d
     jnz 2b
     guest_ends
@@ -238,6 +297,8 @@ unsafe extern "C" {
     static halted_guest_end: u8;
     static fault_guest_start: u8;
     static fault_guest_end: u8;
+    static half_guest_start: u8;
+    static half_guest_end: u8;
     static msr_guest_start: u8;
     static msr_guest_end: u8;
 }
@@ -264,6 +325,12 @@ pub fn halted_guest() -> Vec<u8> {
 pub fn fault_guest() -> Vec<u8> {
     // SAFETY: as above.
     elf(unsafe { between(&raw const fault_guest_start, &raw const fault_guest_end) })
+}
+
+/// The guest whose interrupts meet accesses that are not over when they stop.
+pub fn half_guest() -> Vec<u8> {
+    // SAFETY: as above.
+    elf(unsafe { between(&raw const half_guest_start, &raw const half_guest_end) })
 }
 
 /// The guest that reads its host's MSRs.

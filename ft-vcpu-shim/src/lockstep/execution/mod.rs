@@ -270,7 +270,8 @@ impl Execution {
             }
             self.apply(happening)?;
         }
-        if self.vcpu.can_interrupt()
+        if self.board.pic.is_pending()
+            && self.vcpu.can_interrupt_behind_access()?
             && let Some(vector) = self.board.pic.acknowledge()
         {
             self.digests.interrupt(vector);
