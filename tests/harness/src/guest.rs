@@ -155,7 +155,9 @@ impl Guest {
                     ("--ram-mib", linux.ram_mib.to_string()),
                     (
                         "--cmdline",
-                        format!("console=ttyS0 quiet panic=-1 nolapic noapic lpj=1000000 {service}{work}"),
+                        format!(
+                            "console=ttyS0 quiet panic=-1 nolapic noapic lpj=1000000 randomize_kstack_offset=off {service}{work}"
+                        ),
                     ),
                 ]
             }
