@@ -108,12 +108,14 @@ fn serve_one(stream: UnixStream, description: &Description, commands: &Arc<Comma
         }
     };
     description.config.listen(None);
+    // First the device: whoever reads that the frontend left may rely on it, and end the daemon in good order.
+    let left = commands.shared(SharedCommand::Left).map(drop);
     match end {
         Error::Disconnected if !spoke => debug!("a frontend left without a word"),
         Error::Disconnected => info!("the frontend left"),
         error => warn!(%error, "the frontend is dropped"),
     }
-    commands.shared(SharedCommand::Left).map(drop)
+    left
 }
 
 /// The control thread's handle on [`Frontends`].
