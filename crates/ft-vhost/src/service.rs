@@ -3,9 +3,10 @@
 //! ```text
 //!  READY=1 once frontends can connect ─► WATCHDOG=1 from the device thread, twice an interval ─► STOPPING=1 when it drains
 //! ```
-//! The watchdog is fed by the thread that does the work: one that hangs is restarted.
+//! The watchdog is fed by the thread that does the work: one that hangs is restarted. That thread waits for no manager: one that is too busy
+//! to read is told less often.
 
-use std::io;
+use std::{env, ffi::OsStr, io, os::unix::net::UnixDatagram};
 
 use sd_notify::NotifyState;
 use tracing::warn;
@@ -59,7 +60,7 @@ impl Service {
     pub fn tick(&mut self, now_ns: u64) -> Option<u64> {
         let every_ns = self.watchdog_every_ns?;
         if now_ns >= self.watchdog_due_ns {
-            tell(NotifyState::Watchdog);
+            feed();
             self.watchdog_due_ns = now_ns + every_ns;
         }
         Some(self.watchdog_due_ns)
@@ -67,7 +68,28 @@ impl Service {
 }
 
 fn tell(state: NotifyState<'_>) {
-    match sd_notify::notify(&[state]) {
+    told(sd_notify::notify(&[state]));
+}
+
+fn feed() {
+    if let Some(manager) = env::var_os("NOTIFY_SOCKET") {
+        told(send_now(&manager, NotifyState::Watchdog));
+    }
+}
+
+/// Tells the manager at this path, unless it has not read what it was told before.
+fn send_now(manager: &OsStr, state: NotifyState<'_>) -> io::Result<()> {
+    let socket = UnixDatagram::unbound()?;
+    socket.set_nonblocking(true)?;
+    socket.connect(manager)?;
+    match socket.send(format!("{state}\n").as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        sent => sent.map(|_| ()),
+    }
+}
+
+fn told(result: io::Result<()>) {
+    match result {
         Ok(()) => {}
         // Nobody asked to be told.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -86,5 +108,19 @@ mod tests {
         assert_eq!(service.tick(1099), Some(1100));
         assert_eq!(service.tick(1100), Some(1200));
         assert_eq!(Service::new(None).tick(5), None);
+    }
+
+    #[test]
+    fn a_manager_that_reads_nothing_stops_nobody() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("notify");
+        let manager = UnixDatagram::bind(&path).unwrap();
+        // Many times what a socket's queue holds.
+        for _ in 0..2_000 {
+            send_now(path.as_os_str(), NotifyState::Watchdog).unwrap();
+        }
+        let mut said = [0; 64];
+        let length = manager.recv(&mut said).unwrap();
+        assert_eq!(&said[..length], b"WATCHDOG=1\n");
     }
 }
