@@ -8,7 +8,7 @@ use std::{
         OnceLock,
         atomic::{
             AtomicBool, AtomicU8, AtomicU64,
-            Ordering::{AcqRel, Relaxed, Release},
+            Ordering::{AcqRel, Acquire, Relaxed, Release},
         },
     },
 };
@@ -234,7 +234,7 @@ impl Shared {
         places
             .iter()
             .zip(numbers)
-            .for_each(|(place, number)| place.store(number, Relaxed));
+            .for_each(|(place, number)| place.store(number, Release));
     }
 
     /// What a read gives that ends when there is an order.
@@ -260,7 +260,12 @@ impl Shared {
     // ---- the management plane's side ---------------------------------------------------------------------------------
 
     pub(crate) fn figures(&self) -> Figures {
-        let number = |place: usize| self.numbers[place].load(Relaxed);
+        // Backwards: whatever was shown before a figure is at least as new as that. Nothing is committed that is behind the last entry.
+        let mut numbers = [0; NUMBERS];
+        for place in (0..NUMBERS).rev() {
+            numbers[place] = self.numbers[place].load(Acquire);
+        }
+        let number = |place: usize| numbers[place];
         Figures {
             role: ROLES[number(0) as usize % ROLES.len()].0,
             generation: number(1) as u32,
@@ -362,4 +367,37 @@ fn journal_name(state: JournalState) -> &'static str {
         .iter()
         .find(|(of, _)| *of == state)
         .map_or("unknown", |(_, name)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[test]
+    fn whoever_looks_while_figures_change_sees_nothing_committed_that_is_not_there() {
+        let usual = ["ft-log", "--vm", "v", "--role", "primary", "--socket-path", "s"];
+        let config = Config::try_parse_from(usual.iter().chain(&["--arbiter", "a", "--alone"])).unwrap();
+        let shared = Shared::new(&config).unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut figures = shared.figures();
+                while !over.load(Relaxed) {
+                    figures.last += 1;
+                    figures.committed = figures.last;
+                    shared.publish(&figures);
+                }
+            });
+            for _ in 0..1_000_000 {
+                let now = shared.figures();
+                if now.committed > now.last {
+                    over.store(true, Relaxed);
+                    panic!("{} of {} is committed", now.committed, now.last);
+                }
+            }
+            over.store(true, Relaxed);
+        });
+    }
 }
