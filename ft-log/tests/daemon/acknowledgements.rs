@@ -1,13 +1,10 @@
 //! What an acknowledgement must mean before outputs leave, and a backup that trails.
 
-use std::{
-    process::Command,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ft_protocol::{Lsn, Role, limits::THROTTLE_MAX};
 
-use crate::world::{DEADLINE, Daemon, FINGERPRINT, Host, HostId, VM, World, append};
+use crate::world::{DEADLINE, FINGERPRINT, Host, HostId, VM, World, append};
 
 #[test]
 fn outputs_wait_for_the_replay_where_that_was_asked_for() {
@@ -28,15 +25,7 @@ fn outputs_wait_for_the_replay_where_that_was_asked_for() {
 #[test]
 fn a_disk_that_is_slower_than_the_log_slows_the_primary_where_outputs_wait_for_it() {
     let world = World::new();
-    let more = [
-        "--ack",
-        "durable",
-        "--journal-backlog-mib",
-        "4",
-        "--heartbeat-misses",
-        "1000",
-    ];
-    let (mut a, mut b) = world.pair_with(&more);
+    let (mut a, mut b) = world.pair_with(&["--ack", "durable", "--journal-backlog-mib", "4"]);
     let count = 20_000;
     let mut replayed = Lsn::ZERO;
     std::thread::scope(|scope| {
@@ -58,23 +47,10 @@ fn a_disk_that_is_slower_than_the_log_slows_the_primary_where_outputs_wait_for_i
     );
 }
 
-/// A file size limit stands for the full disk.
 #[test]
 fn a_backup_that_cannot_flush_what_outputs_wait_for_ends_and_the_primary_goes_on() {
     let world = World::new();
-    let command = world.command(HostId::B);
-    let mut shell = Command::new("bash");
-    shell.args(["-c", "trap '' XFSZ; ulimit -f 10240; exec \"$0\" \"$@\""]);
-    shell.arg(command.get_program()).args(command.get_args()).args([
-        "--vm",
-        VM,
-        "--ack",
-        "durable",
-        "--heartbeat-misses",
-        "50",
-    ]);
-    let mut daemon = Daemon::spawn(&mut shell);
-    daemon.wait_log("waiting for");
+    let daemon = world.start_limited(HostId::B, &["--vm", VM, "--ack", "durable"]);
     let mut b = Host::join(daemon, &world.socket(HostId::B), &FINGERPRINT);
     let mut a = world.host_with(HostId::A, &["--ack", "durable"]);
     a.wait_role(Role::Recording);

@@ -11,7 +11,7 @@ use ft_log::{
 use ft_protocol::{Generation, Lsn, Role, Verdict};
 use nix::sys::signal::Signal;
 
-use crate::world::{DEADLINE, VM, World};
+use crate::world::{DEADLINE, SUSPICIOUS, VM, World};
 
 /// Asks and waits for the answer.
 fn ask(arbiter: &mut Arbiter, ring: &mut Ring, generation: u32) -> Answer {
@@ -122,7 +122,7 @@ fn a_directory_that_is_away_is_unreachable_until_it_is_back() {
 #[test]
 fn without_its_arbiter_a_survivor_holds_outputs_and_asks_on() {
     let world = World::new();
-    let (mut a, b) = world.pair();
+    let (mut a, b) = world.pair_with(SUSPICIOUS);
     let committed = a.append(10);
     a.wait_committed(committed);
     let (here, away) = (world.path("arbiter"), world.path("away"));

@@ -5,7 +5,7 @@ use nix::sys::signal::Signal;
 
 use serde_json::Value;
 
-use crate::world::{HostId, World, append};
+use crate::world::{HostId, SUSPICIOUS, World, append};
 
 #[test]
 fn entries_arrive_equal_and_in_order_and_are_committed() {
@@ -30,7 +30,7 @@ fn entries_arrive_equal_and_in_order_and_are_committed() {
 #[test]
 fn the_backup_goes_live_after_the_primary_was_killed_and_everything_is_consumed() {
     let world = World::new();
-    let (mut a, mut b) = world.pair();
+    let (mut a, mut b) = world.pair_with(SUSPICIOUS);
     let last = a.append(100);
     a.wait_committed(last);
     a.daemon.signal(Signal::SIGKILL);
@@ -58,7 +58,7 @@ fn the_backup_goes_live_after_the_primary_was_killed_and_everything_is_consumed(
 #[test]
 fn a_primary_that_was_stopped_for_too_long_loses_and_halts() {
     let world = World::new();
-    let (mut a, mut b) = world.pair();
+    let (mut a, mut b) = world.pair_with(SUSPICIOUS);
     let last = a.append(10);
     a.wait_committed(last);
     b.replay_through(Lsn(1), last);
@@ -80,7 +80,7 @@ fn a_primary_that_was_stopped_for_too_long_loses_and_halts() {
 #[test]
 fn a_backup_that_was_stopped_for_too_long_loses_and_halts() {
     let world = World::new();
-    let (mut a, mut b) = world.pair();
+    let (mut a, mut b) = world.pair_with(SUSPICIOUS);
     let last = a.append(10);
     a.wait_committed(last);
     b.daemon.signal(Signal::SIGSTOP);
@@ -103,7 +103,7 @@ fn a_backup_that_was_stopped_for_too_long_loses_and_halts() {
 #[test]
 fn the_primary_goes_live_alone_after_the_backup_was_killed() {
     let world = World::new();
-    let (mut a, b) = world.pair();
+    let (mut a, b) = world.pair_with(SUSPICIOUS);
     b.daemon.signal(Signal::SIGKILL);
     let last = a.append(50);
     a.wait_committed(last);
@@ -191,7 +191,7 @@ fn a_side_that_runs_alone_is_live_from_the_start() {
 #[test]
 fn a_stopped_backup_stops_the_producers_and_no_entry_is_lost() {
     let world = World::new();
-    let (mut a, mut b) = world.pair_with(&["--heartbeat-misses", "10000", "--channel-timeout-ms", "200000"]);
+    let (mut a, mut b) = world.pair();
     b.daemon.signal(Signal::SIGSTOP);
     // More than the rings, the backlog and the sockets hold together: the producers stand still until the backup goes on.
     let count = 60_000;
@@ -217,8 +217,7 @@ fn a_stopped_backup_stops_the_producers_and_no_entry_is_lost() {
 #[test]
 fn a_backup_whose_replay_hangs_ends_and_the_primary_goes_on_alone() {
     let world = World::new();
-    let more = ["--replay-timeout-ms", "300", "--heartbeat-misses", "10000"];
-    let (mut a, mut b) = world.pair_with(&more);
+    let (mut a, mut b) = world.pair_with(&["--replay-timeout-ms", "300"]);
     // Everything of the backup is well but its shim, which applies nothing.
     let last = a.append(10);
     let halted = b.daemon.wait_event("halted")["reason"].clone();

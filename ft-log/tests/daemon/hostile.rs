@@ -31,7 +31,7 @@ use nix::sys::{
     },
 };
 
-use crate::world::{DEADLINE, Daemon, FINGERPRINT, Host, HostId, Locals, VM, World};
+use crate::world::{DEADLINE, Daemon, FINGERPRINT, Host, HostId, Locals, SUSPICIOUS, VM, World};
 
 // ---- local clients -------------------------------------------------------------------------------------------------------
 
@@ -291,7 +291,11 @@ fn wait_closed(stream: &mut TcpStream) {
 
 /// A backup that a fake primary is paired with.
 fn paired_backup(world: &World) -> (Host, TcpStream) {
-    let mut b = world.host_with(HostId::B, &["--heartbeat-misses", "10000"]);
+    paired_backup_with(world, &[])
+}
+
+fn paired_backup_with(world: &World, more: &[&str]) -> (Host, TcpStream) {
+    let mut b = world.host_with(HostId::B, more);
     let mut stream = connect_as_a(world);
     send(&mut stream, &Message::Hello(hello()));
     assert!(matches!(
@@ -305,7 +309,8 @@ fn paired_backup(world: &World) -> (Host, TcpStream) {
 #[test]
 fn a_backup_that_lost_its_primary_before_the_first_entry_can_be_paired_again() {
     let world = World::new();
-    let (mut b, stream) = paired_backup(&world);
+    // A channel that is away for so long is not expected back.
+    let (mut b, stream) = paired_backup_with(&world, &["--channel-timeout-ms", "1000"]);
     drop(stream);
     b.wait_role(Role::Pairing);
     let mut stream = connect_as_a(&world);
@@ -322,7 +327,8 @@ fn a_backup_that_lost_its_primary_before_the_first_entry_can_be_paired_again() {
 #[test]
 fn a_stranger_on_the_backups_port_is_refused_and_the_peer_still_pairs() {
     let world = World::new();
-    let mut b = world.host_with(HostId::B, &[]);
+    // So long a connection may be silent: all of a crowd must be there before the first of them is closed for it.
+    let mut b = world.host_with(HostId::B, &["--channel-timeout-ms", "4000"]);
     let address = world.address(HostId::B);
     // From another address.
     let mut other = TcpStream::connect(address).unwrap();
@@ -476,7 +482,6 @@ fn gaps_other_generations_and_impossible_lengths_halt_the_backup() {
     }
 }
 
-/// Peak resident memory of a process, KiB.
 #[test]
 fn a_hello_that_is_repeated_breaks_the_channel_and_not_the_pair() {
     let world = World::new();
@@ -498,6 +503,7 @@ fn a_hello_that_is_repeated_breaks_the_channel_and_not_the_pair() {
     assert_eq!(b.region().role(), Role::Replaying);
 }
 
+/// Peak resident memory of a process, KiB.
 fn peak_kib(daemon: &Daemon) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
@@ -530,7 +536,7 @@ fn a_peer_that_floods_fills_the_ring_and_nothing_else() {
 fn a_backup_that_acknowledges_too_much_halts_the_primary() {
     let world = World::new();
     let listener = std::net::TcpListener::bind(world.address(HostId::B)).unwrap();
-    let mut a = world.host_with(HostId::A, &["--heartbeat-misses", "10000"]);
+    let mut a = world.host_with(HostId::A, &[]);
     let (mut stream, _) = listener.accept().unwrap();
     let Message::Hello(own) = receive(&mut stream) else {
         panic!("no hello");
@@ -552,7 +558,7 @@ fn a_backup_that_acknowledges_too_much_halts_the_primary() {
 #[test]
 fn heartbeats_of_another_vm_or_address_do_not_keep_a_peer_alive() {
     let world = World::new();
-    let mut b = world.host_with(HostId::B, &[]);
+    let mut b = world.host_with(HostId::B, SUSPICIOUS);
     let mut stream = connect_as_a(&world);
     send(&mut stream, &Message::Hello(hello()));
     b.daemon.wait_event("paired");

@@ -15,7 +15,7 @@ use ft_protocol::{
 };
 use nix::sys::signal::Signal;
 
-use crate::world::{DEADLINE, Daemon, FINGERPRINT, Host, HostId, VM, World};
+use crate::world::{DEADLINE, Daemon, FINGERPRINT, Host, HostId, SUSPICIOUS, VM, World};
 
 /// The frames in a journal, and whether its tail is torn.
 fn read(directory: &Path) -> Result<(Vec<u8>, Lsn, bool), JournalError> {
@@ -46,6 +46,19 @@ fn both_journals_hold_the_log_as_it_was_replayed() {
         let (journal, end, torn) = read(&world.journal(host)).unwrap();
         assert!(journal == replayed, "the journal of {host:?} is another log");
         assert_eq!((end, torn), (last, false));
+    }
+}
+
+/// Waits until a file of a journal has so many bytes: it is written beside the log, not before it.
+fn wait_written(directory: &Path, bytes: u64) {
+    let deadline = Instant::now() + DEADLINE;
+    let has_them = || {
+        let mut files = fs::read_dir(directory).unwrap();
+        files.any(|file| file.unwrap().metadata().unwrap().len() >= bytes)
+    };
+    while !has_them() {
+        assert!(Instant::now() < deadline, "nothing is written");
+        std::thread::yield_now();
     }
 }
 
@@ -120,7 +133,7 @@ fn a_long_log_goes_on_in_further_segments() {
 #[test]
 fn what_a_killed_daemon_wrote_is_a_prefix_of_the_log() {
     let world = World::new();
-    let (mut a, mut b) = world.pair();
+    let (mut a, mut b) = world.pair_with(SUSPICIOUS);
     let last = a.append(5000);
     a.wait_committed(last);
     a.daemon.signal(Signal::SIGKILL);
@@ -137,19 +150,10 @@ fn what_a_killed_daemon_wrote_is_a_prefix_of_the_log() {
     assert_eq!((end, torn), (last, false));
 }
 
-/// A file size limit stands for the full disk: large enough for the shared memory, too small for the journal.
 #[test]
 fn a_full_disk_ends_the_journal_and_not_the_vm() {
     let world = World::new();
-    let command = world.command(HostId::A);
-    let mut shell = Command::new("bash");
-    shell.args(["-c", "trap '' XFSZ; ulimit -f 10240; exec \"$0\" \"$@\""]);
-    shell
-        .arg(command.get_program())
-        .args(command.get_args())
-        .args(["--vm", VM]);
-    let mut daemon = Daemon::spawn(&mut shell);
-    daemon.wait_log("waiting for");
+    let daemon = world.start_limited(HostId::A, &["--vm", VM]);
     let mut a = Host::join(daemon, &world.socket(HostId::A), &FINGERPRINT);
     let mut b = world.host_with(HostId::B, &[]);
     b.wait_role(Role::Replaying);
@@ -213,12 +217,7 @@ fn a_journal_keeps_as_many_segments_as_it_is_told_to() {
 #[test]
 fn a_full_disk_ends_this_side_where_that_is_the_policy_and_the_other_one_goes_on() {
     let world = World::new();
-    let command = world.command(HostId::A);
-    let mut shell = Command::new("bash");
-    shell.args(["-c", "trap '' XFSZ; ulimit -f 10240; exec \"$0\" \"$@\""]);
-    shell.arg(command.get_program()).args(command.get_args());
-    let mut daemon = Daemon::spawn(shell.args(["--vm", VM, "--journal-failure", "stop"]));
-    daemon.wait_log("waiting for");
+    let daemon = world.start_limited(HostId::A, &["--vm", VM, "--journal-failure", "stop"]);
     let mut a = Host::join(daemon, &world.socket(HostId::A), &FINGERPRINT);
     let mut b = world.host_with(HostId::B, &[]);
     a.wait_role(Role::Recording);
@@ -251,16 +250,7 @@ fn a_restart_recovers_the_journal_of_the_earlier_run_and_puts_it_aside() {
     let (mut a, b) = world.pair();
     let last = a.append(500);
     a.wait_committed(last);
-    // The journal is written beside the log, not before it: some of it must be there.
-    let deadline = Instant::now() + DEADLINE;
-    let has_entries = || {
-        let mut files = fs::read_dir(world.journal(HostId::A)).unwrap();
-        files.any(|file| file.unwrap().metadata().unwrap().len() > 100_000)
-    };
-    while !has_entries() {
-        assert!(Instant::now() < deadline, "nothing is written");
-        std::thread::yield_now();
-    }
+    wait_written(&world.journal(HostId::A), 100_000);
     a.daemon.signal(Signal::SIGKILL);
     a.daemon.wait();
     drop((a, b));
@@ -339,15 +329,11 @@ fn a_journal_that_is_being_written_is_neither_cut_nor_archived_nor_written_by_an
         assert_eq!(second.wait_code(), 3, "{}", second.logged);
         assert!(second.logged.contains(&holder), "{}", second.logged);
     }
-    let only = only_file(&directory);
     // The writer is not disturbed, and the lock ends with it whatever it dies of.
     let last = a.append(200);
     a.wait_committed(last);
-    let deadline = Instant::now() + DEADLINE;
-    while fs::metadata(&only).unwrap().len() < 2 * SEGMENT_HEADER_BYTES as u64 {
-        assert!(Instant::now() < deadline, "nothing is written");
-        std::thread::yield_now();
-    }
+    wait_written(&directory, 2 * SEGMENT_HEADER_BYTES as u64);
+    let only = only_file(&directory);
     a.daemon.signal(Signal::SIGKILL);
     a.daemon.wait();
     // Torn for certain: in the middle of the first entry's header.

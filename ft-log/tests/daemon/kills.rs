@@ -21,7 +21,7 @@ use ft_protocol::{
 };
 use nix::sys::signal::Signal;
 
-use crate::world::{Host, HostId, Locals, World};
+use crate::world::{Host, HostId, Locals, SUSPICIOUS, World};
 
 /// Kills of each side; `FT_LOG_KILLS` asks for more.
 const KILLS: u64 = 6;
@@ -92,8 +92,7 @@ fn kill_one(seed: u64, victim: HostId) -> Lsn {
     println!("seed {seed}, {victim:?} is killed");
     let world = World::new();
     // The backup takes over; a primary that lost its backup waits, so that it can be asked what was acknowledged.
-    let patient = ["--heartbeat-misses", "10000", "--channel-timeout-ms", "600000"];
-    let patience = if victim == HostId::B { &patient[..] } else { &[] };
+    let patience = if victim == HostId::A { SUSPICIOUS } else { &[] };
     let (a, mut b) = world.pair_with(&[&["--ack", "durable"], patience].concat());
     let Host {
         daemon: mut primary,

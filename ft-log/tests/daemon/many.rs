@@ -53,7 +53,7 @@ impl Many {
         let role = if host == HostId::A { "primary" } else { "backup" };
         let arbiter = self.world.path("arbiter");
         let mut text = format!(
-            "role = '{role}'\narbiter = '{}'\njournal = '{}'\nevents = '/dev/stdout'\nheartbeat-misses = 50\n",
+            "role = '{role}'\narbiter = '{}'\njournal = '{}'\nevents = '/dev/stdout'\nheartbeat-misses = 10000\nchannel-timeout-ms = 200000\nreplay-timeout-ms = 3600000\n",
             arbiter.display(),
             self.world.journal(host).display(),
         );
@@ -345,7 +345,7 @@ fn a_wrong_configuration_names_the_table_and_the_key() {
     assert_eq!(code, 0, "{shown}");
     let shown: toml::Table = shown.parse().unwrap();
     assert_eq!(shown["vm"]["vm1"]["ack"].as_str(), Some("durable"));
-    assert_eq!(shown["vm"]["vm0"]["heartbeat-misses"].as_integer(), Some(50));
+    assert_eq!(shown["vm"]["vm0"]["heartbeat-misses"].as_integer(), Some(10_000));
     let taken = format!("socket-path = '{}'", many.socket(HostId::A, 0).display());
     for (number, line, parts) in [
         (

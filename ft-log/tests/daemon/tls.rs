@@ -11,13 +11,20 @@ use ft_protocol::{
 };
 use nix::sys::signal::Signal;
 
-use crate::world::{Daemon, Host, HostId, VM, World};
+use crate::world::{Daemon, Host, HostId, SUSPICIOUS, VM, World};
 
 /// Makes a certificate and its key.
 fn make(world: &World, name: &str) {
     let made = rcgen::generate_simple_self_signed([name.to_owned()]).unwrap();
     std::fs::write(world.path(&format!("{name}.crt")), made.cert.pem()).unwrap();
     std::fs::write(world.path(&format!("{name}.key")), made.signing_key.serialize_pem()).unwrap();
+}
+
+/// The same of a side that suspects a silent peer soon.
+fn suspicious(world: &World, own: &str, peer: &str) -> Vec<String> {
+    let mut options = options(world, own, peer);
+    options.extend(SUSPICIOUS.iter().map(|word| (*word).to_owned()));
+    options
 }
 
 /// The options of a side that is `own` and takes `peer` for its peer.
@@ -48,8 +55,8 @@ fn identities() -> World {
 #[test]
 fn a_pair_that_knows_each_other_commits_and_fails_over() {
     let world = identities();
-    let mut a = host(&world, HostId::A, &options(&world, "a", "b"));
-    let mut b = host(&world, HostId::B, &options(&world, "b", "a"));
+    let mut a = host(&world, HostId::A, &suspicious(&world, "a", "b"));
+    let mut b = host(&world, HostId::B, &suspicious(&world, "b", "a"));
     for side in [&mut a, &mut b] {
         side.daemon.wait_event("paired");
         side.daemon.wait_log("the peer is who it should be (TLS 1.3)");
@@ -126,8 +133,8 @@ fn strangers_on_the_port_harm_nobody() {
 #[test]
 fn heartbeats_without_the_sessions_key_are_ignored() {
     let world = identities();
-    let mut a = host(&world, HostId::A, &options(&world, "a", "b"));
-    let mut b = host(&world, HostId::B, &options(&world, "b", "a"));
+    let mut a = host(&world, HostId::A, &suspicious(&world, "a", "b"));
+    let mut b = host(&world, HostId::B, &suspicious(&world, "b", "a"));
     a.wait_role(Role::Recording);
     b.wait_role(Role::Replaying);
     let last = a.append(3);

@@ -28,6 +28,8 @@ use nix::{
 };
 use serde_json::Value;
 
+/// For a pair of which one side is to notice that the other one is silent: after a second.
+pub(crate) const SUSPICIOUS: &[&str] = &["--heartbeat-misses", "50"];
 /// Nothing here takes longer on any machine.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 pub(crate) const VM: &str = "ledger";
@@ -110,9 +112,7 @@ impl World {
 
     /// A daemon whose devices are numbered in another order.
     pub(crate) fn start_devices(&self, host: HostId, devices: &str) -> Daemon {
-        let mut daemon = Daemon::spawn(self.command_with(host, devices).args(["--vm", VM]));
-        daemon.wait_log("waiting for");
-        daemon
+        Self::listening(self.command_with(host, devices).args(["--vm", VM]))
     }
 
     fn command_with(&self, host: HostId, devices: &str) -> Command {
@@ -140,19 +140,39 @@ impl World {
 
     /// Starts a daemon that gets as far as listening.
     pub(crate) fn start_with(&self, host: HostId, more: &[&str]) -> Daemon {
+        Self::listening(&mut self.patient(host, more))
+    }
+
+    /// The same with a file size limit, which stands for the full disk: large enough for the shared memory, too small for the journal.
+    pub(crate) fn start_limited(&self, host: HostId, more: &[&str]) -> Daemon {
+        let command = self.patient(host, more);
+        let mut shell = Command::new("bash");
+        shell.args(["-c", "trap '' XFSZ; ulimit -f 10240; exec \"$0\" \"$@\""]);
+        Self::listening(shell.arg(command.get_program()).args(command.get_args()))
+    }
+
+    fn listening(command: &mut Command) -> Daemon {
+        let mut daemon = Daemon::spawn(command);
+        daemon.wait_log("waiting for");
+        daemon
+    }
+
+    /// The command line of a daemon that suspects nobody for silence, unless it is told to.
+    fn patient(&self, host: HostId, more: &[&str]) -> Command {
         let mut command = self.command(host);
         command.args(more);
         if !more.contains(&"--heartbeat-misses") {
-            // A second of silence: a busy machine is not a dead host.
-            command.args(["--heartbeat-misses", "50"]);
+            // A busy machine is not a dead host.
+            command.args(["--heartbeat-misses", "10000"]);
+        }
+        if !more.contains(&"--channel-timeout-ms") {
+            command.args(["--channel-timeout-ms", "200000"]);
         }
         if !more.contains(&"--replay-timeout-ms") {
             // The replay is the test's own, and it may take its time.
             command.args(["--replay-timeout-ms", "3600000"]);
         }
-        let mut daemon = Daemon::spawn(&mut command);
-        daemon.wait_log("waiting for");
-        daemon
+        command
     }
 
     /// A daemon and its local processes, all joined.
