@@ -1,9 +1,10 @@
 //! Two hosts on this machine: the real ft-log and the real daemon, twice.
 
 use std::{
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use tempfile::TempDir;
@@ -42,8 +43,16 @@ impl Host {
     }
 }
 
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+static PAIRS: AtomicU32 = AtomicU32::new(1);
+
+/// Two addresses that no other test has, whatever runs beside this one; the port is none that the kernel gives to connections.
+fn addresses() -> [SocketAddr; 2] {
+    let (process, pair) = (std::process::id(), PAIRS.fetch_add(1, Ordering::Relaxed));
+    let address = |host| {
+        let ip = [127, 1 + (process % 250) as u8, (pair % 250) as u8, host];
+        SocketAddr::from((ip, 10_000 + (process % 10_000) as u16))
+    };
+    [address(1), address(2)]
 }
 
 /// `ft-log` of this build, which is another package's.
@@ -73,7 +82,7 @@ pub(crate) struct Pair {
 }
 
 impl Pair {
-    /// Starts both sides on equal images; returns when the primary's socket is open. `more` goes to the primary's ft-log.
+    /// Starts both sides on equal images; returns when the primary's socket is open. `more` goes to both ft-logs.
     pub(crate) fn start(more: &[&str]) -> Self {
         Self::start_limited(more, [None; 2])
     }
@@ -88,7 +97,7 @@ impl Pair {
     /// Starts both sides on images filled with one byte each (primary, backup), and waits for nothing.
     pub(crate) fn spawn(more: &[&str], limits: [Option<u64>; 2], content: [u8; 2]) -> Self {
         let arbiter = TempDir::new().unwrap();
-        let addresses = [free_address(), free_address()];
+        let addresses = addresses();
         let start = |primary: bool| {
             let (role, [listen, peer]) = match primary {
                 true => ("primary", addresses),
@@ -103,11 +112,13 @@ impl Pair {
             command.args(["--socket-path", text(&path("log")), "--arbiter", text(arbiter.path())]);
             command.args(["--listen", &listen.to_string(), "--peer", &peer.to_string()]);
             // Patient: a busy machine is no failure here. A killed peer's channel is away at once.
-            command.args(["--heartbeat-interval-ms", "100", "--heartbeat-misses", "50"]);
-            command.args(["--channel-timeout-ms", "2000"]);
+            command.args(["--heartbeat-interval-ms", "100", "--channel-timeout-ms", "2000"]);
+            if !more.contains(&"--heartbeat-misses") {
+                command.args(["--heartbeat-misses", "50"]);
+            }
             command.args(["--journal", text(&path("journal"))]);
             std::fs::create_dir(path("journal")).unwrap();
-            command.args(more.iter().filter(|_| primary));
+            command.args(more);
             let mut log = Daemon::spawn(&mut command);
             log.wait_line("waiting for");
             let mut command = daemon(limits[usize::from(!primary)]);

@@ -86,11 +86,12 @@ fn wait_changed(host: &Host, sector: usize, before: &[u8]) {
 
 #[test]
 fn a_write_is_done_when_the_backup_has_it_and_not_when_it_is_here() {
+    // However long the primary's log stands still here, the backup is not to take over.
     let Pair {
         primary,
         backup: _backup,
         _arbiter,
-    } = Pair::start(&[]);
+    } = Pair::start(&["--heartbeat-misses", "10000"]);
     let mut guest = Guest::attach(&primary);
     guest.write(8, 8);
     guest.finish();

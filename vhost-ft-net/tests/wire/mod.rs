@@ -101,7 +101,7 @@ impl Wire {
 
     /// The next frame the daemon sent.
     pub fn receive(&self) -> Vec<u8> {
-        assert!(self.anything_within(Duration::from_secs(20)), "no frame came");
+        assert!(self.anything_within(Duration::from_secs(60)), "no frame came");
         let mut buffer = vec![0; 70000];
         let length = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap();
         buffer.truncate(length);
