@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
@@ -95,6 +95,32 @@ impl Shared {
     fn push(&self, event: Event) {
         self.lock().push(event);
         self.news.notify_all();
+    }
+
+    fn wait<T>(
+        &self,
+        deadline: Instant,
+        mut pick: impl FnMut(&[Event]) -> Option<T>,
+        mut abort: impl FnMut(&[Event]) -> Option<String>,
+    ) -> Result<T, WaitError> {
+        let mut events = self.lock();
+        loop {
+            if let Some(found) = pick(&events) {
+                return Ok(found);
+            }
+            if let Some(reason) = abort(&events) {
+                return Err(WaitError::Aborted(reason));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(WaitError::Deadline);
+            }
+            events = self
+                .news
+                .wait_timeout(events, left)
+                .expect("no holder of this lock panics")
+                .0;
+        }
     }
 }
 
@@ -190,27 +216,19 @@ impl Events {
     pub fn wait<T>(
         &self,
         deadline: Instant,
-        mut pick: impl FnMut(&[Event]) -> Option<T>,
-        mut abort: impl FnMut(&[Event]) -> Option<String>,
+        pick: impl FnMut(&[Event]) -> Option<T>,
+        abort: impl FnMut(&[Event]) -> Option<String>,
     ) -> Result<T, WaitError> {
-        let mut events = self.shared.lock();
-        loop {
-            if let Some(found) = pick(&events) {
-                return Ok(found);
-            }
-            if let Some(reason) = abort(&events) {
-                return Err(WaitError::Aborted(reason));
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(WaitError::Deadline);
-            }
-            events = self
-                .shared
-                .news
-                .wait_timeout(events, left)
-                .expect("no holder of this lock panics")
-                .0;
+        self.shared.wait(deadline, pick, abort)
+    }
+
+    /// A function that waits, for another thread: until an event `is_it`, but no longer than `patience` from its call on.
+    pub fn until(&self, patience: Duration, is_it: fn(&Event) -> bool) -> impl FnOnce() + Send + use<> {
+        let shared = self.shared.clone();
+        move || {
+            let seen = |events: &[Event]| events.iter().any(is_it).then_some(());
+            // Whether it came is judged by who looks at the events in the end.
+            let _ = shared.wait(Instant::now() + patience, seen, |_| None);
         }
     }
 }
@@ -344,7 +362,6 @@ fn parse_name(name: &str) -> Option<(HostId, &str)> {
 mod tests {
     use super::*;
     use std::io::Write;
-    use std::time::Duration;
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(20)
@@ -370,6 +387,26 @@ mod tests {
         assert_eq!(found[0].text("reason"), Some("heartbeats"));
         assert_eq!((found[0].t_ns, found[1].t_ns), (5, 6));
         assert!(found[0].is(HostId::B, "ft-log", "suspect"));
+    }
+
+    #[test]
+    fn who_waits_in_another_thread_is_let_go_by_the_event_and_by_no_other() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let events = Events::watch(directory.path()).expect("inotify");
+        let wait = events.until(Duration::from_secs(3600), |event| event.name == "done");
+        let (over, is_over) = std::sync::mpsc::channel();
+        let waiting = thread::spawn(move || {
+            wait();
+            over.send(()).expect("somebody listens");
+        });
+        std::fs::write(events.file(HostId::A, "one"), "{\"t_ns\":1,\"event\":\"begun\"}\n").expect("written");
+        events
+            .wait(soon(), |all| (!all.is_empty()).then_some(()), |_| None)
+            .expect("begun");
+        assert!(is_over.try_recv().is_err(), "let go by another event");
+        std::fs::write(events.file(HostId::A, "two"), "{\"t_ns\":2,\"event\":\"done\"}\n").expect("written");
+        is_over.recv_timeout(Duration::from_secs(20)).expect("let go");
+        waiting.join().expect("no panic");
     }
 
     #[test]

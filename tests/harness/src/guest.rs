@@ -83,6 +83,9 @@ impl Work {
     }
 }
 
+/// What [`Work::Everything`] says when all of its parts have ended.
+pub const WORK_DONE: &str = "load: done";
+
 /// What each part of [`Work::Everything`] says at its end, before its number of rounds (`guest/ledger-linux/load`).
 const PARTS_OF_EVERYTHING: [&str; 4] = ["load: hog: ", "load: compile: ", "load: forks: ", "load: disk: "];
 

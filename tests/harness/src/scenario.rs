@@ -16,7 +16,7 @@ use crate::download::{Download, Downloading};
 use crate::error::{HarnessError, IoContext};
 use crate::events::{CONSOLE, Event};
 use crate::faults::{self, Expected, Fault, FaultPlan, Moment};
-use crate::guest::{Guest, LEDGER_BYTES, Linux};
+use crate::guest::{Guest, LEDGER_BYTES, Linux, WORK_DONE, Work};
 use crate::judge::{Connection, Transcript, judge};
 use crate::ledger::{DiskImage, SECTOR};
 use crate::offline::{self, Replayed};
@@ -113,10 +113,12 @@ pub fn run(setup: &Setup, directory: &Path) -> Result<Outcome, HarnessError> {
         patience: patience.answer,
     };
     let mut download = download(setup, &pair)?;
-    let witness = match &download {
-        Some(download) => Witness::start_and_hold(stream, plan, download.end())?,
-        None => Witness::start(stream, plan)?,
-    };
+    let downloaded = download.as_ref().map(Downloading::end);
+    let worked = works_to_the_end(setup).then(|| pair.events().until(patience.boot, says_that_it_worked));
+    let witness = Witness::start_and_hold(stream, plan, move || {
+        downloaded.into_iter().for_each(|wait| wait());
+        worked.into_iter().for_each(|wait| wait());
+    })?;
     setup.say("the witness is connected");
     let fault_ns = inject(setup, &pair, &witness, download.as_mut())?;
     let transcript = witness.finish();
@@ -126,6 +128,18 @@ pub fn run(setup: &Setup, directory: &Path) -> Result<Outcome, HarnessError> {
         wait_for_the_end(setup, &pair);
     }
     judge_run(setup, &pair, transcript, download, fault_ns)
+}
+
+/// Whether the guest has work that ends by itself and that nothing will interrupt: it is not powered off before.
+fn works_to_the_end(setup: &Setup) -> bool {
+    let Guest::Linux(linux) = &setup.guest else {
+        return false;
+    };
+    matches!(linux.work, Some(Work::Everything { .. })) && setup.plan.expected() == Expected::Both
+}
+
+fn says_that_it_worked(event: &Event) -> bool {
+    event.source == CONSOLE && event.text("text").is_some_and(|text| text.contains(WORK_DONE))
 }
 
 /// Starts the download that is to be in progress at the fault, if the guest can serve one.
