@@ -126,11 +126,10 @@ fn run(setup: &PairSetup, protection: Protection, parent: &Path) -> Result<(Run,
         .extend(["--report-interval-ms".to_owned(), REPORT_MS.to_string()]);
     let machine = Machine::boot(&setup, protection, parent)?;
     let patience = setup.guest.patience().boot;
-    let idle = [Sample::first(&machine, now_ns())?, {
-        // This is what is measured, not a wait for something: a machine left alone for so long.
-        thread::sleep(IDLE);
-        Sample::first(&machine, now_ns())?
-    }];
+    let booted = Sample::first(&machine, now_ns())?;
+    // This is what is measured, not a wait for something: a machine left alone for so long.
+    thread::sleep(IDLE);
+    let idled = Sample::first(&machine, now_ns())?;
     wait_for_line(&machine, "load: compile: begins", Instant::now() + patience)?;
     let begun = (now_ns(), processor_seconds(&machine)?);
     let before = Sample::first(&machine, begun.0)?;
@@ -140,14 +139,14 @@ fn run(setup: &PairSetup, protection: Protection, parent: &Path) -> Result<(Run,
     let run = Run {
         seconds: ms(ended.0 - begun.0) / 1e3,
         processor_seconds: ended.1 - begun.1,
-        idle: idle[1].since(idle[0]),
+        idle: idled.since(booted),
         busy: after.since(before),
     };
     if protection != Protection::Pair {
         return Ok((run, None));
     }
     let journal = machine.pair.journal(HostId::A);
-    let times = [(Sample::POWER_ON, idle[0]), (idle[0], idle[1]), (before, after)];
+    let times = [(Sample::POWER_ON, booted), (booted, idled), (before, after)];
     let [boot, in_idle, in_busy] = traffic::between(&journal, times)?;
     let followed = Followed {
         boot,

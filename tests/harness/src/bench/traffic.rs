@@ -65,7 +65,7 @@ pub(crate) fn between<const N: usize>(
     let unreadable = |error: JournalError| {
         HarnessError::Environment(format!("cannot read the journal in {}: {error}", directory.display()))
     };
-    let mut sums = [const { None }; N].map(|_: Option<Sum>| Sum::default());
+    let mut sums: [Sum; N] = std::array::from_fn(|_| Sum::default());
     let mut reader = JournalReader::open(directory).map_err(unreadable)?;
     while let Some((entry, bytes)) = reader.next_entry().map_err(unreadable)? {
         for ((from, to), sum) in times.iter().zip(&mut sums) {

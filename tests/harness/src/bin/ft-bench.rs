@@ -47,7 +47,8 @@ struct Arguments {
     /// Rounds whose median is taken.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=50))]
     rounds: u8,
-    /// Of the suite blk: only the rows whose names contain this; of the suite log, only the parts ("commit latency, veth, 1 VM").
+    /// Of the suite blk: only the rows whose names contain this; of the suite log, only the parts ("commit latency, veth, 1 VM"); of the
+    /// suite linux, costs or failover.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Failovers of each setting.
@@ -183,9 +184,16 @@ fn bench_linux(arguments: &Arguments) -> Result<bool, HarnessError> {
     let files = directory(Medium::Disk)?;
     signals::clean_up(vec![files.path().to_owned()])?;
     let mut rows = Rows::default();
-    rows.add(linux::costs(&setup.pair(), &linux, files.path())?);
-    let (failover, problems) = linux::failover(&setup, &linux, files.path())?;
-    rows.add(failover);
+    let wanted = |part: &str| arguments.only.as_deref().is_none_or(|only| part.contains(only));
+    if wanted("costs") {
+        rows.add(linux::costs(&setup.pair(), &linux, files.path())?);
+    }
+    let mut problems = Vec::new();
+    if wanted("failover") {
+        let (failover, found) = linux::failover(&setup, &linux, files.path())?;
+        rows.add(failover);
+        problems = found;
+    }
     for problem in &problems {
         eprintln!("ft-bench: {problem}");
     }
