@@ -14,6 +14,9 @@ use super::support::daemon::{Daemon, text};
 /// Sectors of the disk.
 pub(crate) const SECTORS: u64 = 2048;
 
+/// For a pair of which one side is to notice that the other one is silent. A killed peer's channel is away at once.
+pub(crate) const SUSPICIOUS: [&str; 4] = ["--heartbeat-misses", "50", "--channel-timeout-ms", "2000"];
+
 /// A side of the pair.
 pub(crate) struct Host {
     pub(crate) directory: TempDir,
@@ -111,10 +114,10 @@ impl Pair {
             command.args(["--vm", "stock", "--role", role, "--devices", "blk0"]);
             command.args(["--socket-path", text(&path("log")), "--arbiter", text(arbiter.path())]);
             command.args(["--listen", &listen.to_string(), "--peer", &peer.to_string()]);
-            // Patient: a busy machine is no failure here. A killed peer's channel is away at once.
-            command.args(["--heartbeat-interval-ms", "100", "--channel-timeout-ms", "2000"]);
-            if !more.contains(&"--heartbeat-misses") {
-                command.args(["--heartbeat-misses", "50"]);
+            command.args(["--heartbeat-interval-ms", "100"]);
+            if !more.contains(&SUSPICIOUS[0]) {
+                // A busy machine is no failure.
+                command.args(["--heartbeat-misses", "10000", "--channel-timeout-ms", "200000"]);
             }
             command.args(["--journal", text(&path("journal"))]);
             std::fs::create_dir(path("journal")).unwrap();

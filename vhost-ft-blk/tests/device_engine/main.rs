@@ -18,7 +18,7 @@ fn completing_before_the_commit_is_caught() {
         primary,
         mut backup,
         _arbiter,
-    } = host::Pair::start(&[]);
+    } = host::Pair::start(&host::SUSPICIOUS);
     let mut guest = guest::Guest::attach(&primary);
     guest.write(8, 8);
     guest.finish();

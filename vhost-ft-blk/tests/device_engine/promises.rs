@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{
     guest::Guest,
-    host::{Host, Pair},
+    host::{Host, Pair, SUSPICIOUS},
     support::frontend::{PATIENCE, complete},
 };
 
@@ -56,7 +56,7 @@ fn a_killed_primary_loses_nothing_that_the_guest_was_told() {
             primary,
             mut backup,
             _arbiter,
-        } = Pair::start(&["--ack", ack]);
+        } = Pair::start(&[&SUSPICIOUS[..], &["--ack", ack]].concat());
         assert!(!backup.socket().exists(), "nobody may start the VM on the backup");
         let mut guest = Guest::attach(&primary);
         let told = random.random_range(1..300);
@@ -86,12 +86,11 @@ fn wait_changed(host: &Host, sector: usize, before: &[u8]) {
 
 #[test]
 fn a_write_is_done_when_the_backup_has_it_and_not_when_it_is_here() {
-    // However long the primary's log stands still here, the backup is not to take over.
     let Pair {
         primary,
         backup: _backup,
         _arbiter,
-    } = Pair::start(&["--heartbeat-misses", "10000"]);
+    } = Pair::start(&[]);
     let mut guest = Guest::attach(&primary);
     guest.write(8, 8);
     guest.finish();
@@ -122,7 +121,7 @@ fn the_loser_halts_and_tells_its_guest_nothing_more() {
         primary,
         mut backup,
         _arbiter,
-    } = Pair::start(&[]);
+    } = Pair::start(&SUSPICIOUS);
     let mut guest = Guest::attach(&primary);
     guest.write(8, 8);
     guest.finish();
@@ -146,7 +145,7 @@ fn without_its_backup_the_primary_goes_on_and_says_so() {
         mut primary,
         backup,
         _arbiter,
-    } = Pair::start(&[]);
+    } = Pair::start(&SUSPICIOUS);
     let mut guest = Guest::attach(&primary);
     guest.work(&mut random, 30);
     backup.kill(false);
