@@ -7,7 +7,7 @@ use ft_vhost::{
     conventions::Conventions,
     daemon::{self, Engine, Signals},
     exit::End,
-    guest_side::blk::{Geometry, ID_BYTES, QUEUES_MAX},
+    guest_side::blk::{Geometry, ID_BYTES, QUEUES_MAX, SECTOR_BYTES},
     session::operator,
 };
 use tracing::info;
@@ -15,6 +15,7 @@ use tracing::info;
 use crate::{
     disk::{Disk, OnEnospc, Policy, SERIAL},
     image::{Access, Image, LOCK_PATIENCE, Locking},
+    standing::{Half, Standing},
 };
 
 /// What `--print-capabilities` says of the options of QEMU's schema.
@@ -31,6 +32,9 @@ pub struct Arguments {
     /// Raw image; its size is the disk's, a multiple of 512 bytes.
     #[arg(long, value_name = "IMAGE", required_unless_present = "print_capabilities")]
     blk_file: Option<PathBuf>,
+    /// Where it is noted that the image may be outdated (engine device) [default: beside the image, with .ft-state after its name].
+    #[arg(long, value_name = "FILE")]
+    image_state: Option<PathBuf>,
     /// How the backup stays equal: lockstep under ft-vcpu-shim, or device under a stock VMM, whose writes are replicated.
     #[arg(
         long,
@@ -83,14 +87,36 @@ enum Order {
         /// Make the image this long first. Without it: look how long it is by now.
         bytes: Option<u64>,
     },
+    /// Take an image for the one that counts, though the other one of its VM may be ahead of it.
+    Accept {
+        /// The image; nobody uses it.
+        #[arg(long, value_name = "IMAGE")]
+        blk_file: PathBuf,
+        /// As that of the daemon.
+        #[arg(long, value_name = "FILE")]
+        image_state: Option<PathBuf>,
+    },
 }
 
 impl Order {
     fn give(self) -> Result<(), End> {
-        let Self::Resize { control, bytes } = self;
-        let line = bytes.map_or_else(|| "resize".into(), |bytes| format!("resize {bytes}"));
-        let done = operator::command(&control, &line).map_err(End::environment)?;
-        info!("{done}");
+        match self {
+            Self::Resize { control, bytes } => {
+                let line = bytes.map_or_else(|| "resize".into(), |bytes| format!("resize {bytes}"));
+                let done = operator::command(&control, &line).map_err(End::environment)?;
+                info!("{done}");
+            }
+            Self::Accept { blk_file, image_state } => {
+                let access = Access::default();
+                let block_bytes = SECTOR_BYTES as u32;
+                // Its lock says that no daemon is about to note something else.
+                let _image = Image::open(&blk_file, access, block_bytes, Locking::Life, LOCK_PATIENCE)
+                    .map_err(End::environment)?;
+                let standing = Standing::of(&blk_file, image_state.as_deref()).map_err(End::environment)?;
+                standing.clear().map_err(End::environment)?;
+                info!(image = %blk_file.display(), "from here on this image counts");
+            }
+        }
         Ok(())
     }
 }
@@ -140,7 +166,17 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
         direct: arguments.direct,
     };
     let image = Image::open(blk_file, access, block_bytes, locking, LOCK_PATIENCE);
-    let image = image.map_err(End::environment)?;
+    let mut image = image.map_err(End::environment)?;
+    let standing = Standing::of(blk_file, arguments.image_state.as_deref()).map_err(End::environment)?;
+    // Under engine device the pair says what the image is worth, or that there is none.
+    let half_of = match &options.membership {
+        Some(membership) if membership.engine == Engine::Device => Some(membership.vm.clone()),
+        _ => {
+            standing.require_current().map_err(End::environment)?;
+            image = image.judged_by(standing.clone());
+            None
+        }
+    };
     let protected = conventions.membership().is_some();
     if protected && arguments.num_queues > 1 {
         return Err(End::environment(
@@ -166,7 +202,8 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
     let fingerprinted = image.try_clone().map_err(End::environment)?;
     let make = move || {
         let image = image.try_clone().map_err(End::environment)?;
-        Ok(Disk::new(image, geometry, policy.clone()))
+        let half = half_of.clone().map(|vm| Half::new(standing.clone(), vm));
+        Ok(Disk::new(image, geometry, policy.clone()).as_half(half))
     };
     let fingerprint = move || fingerprinted.fingerprint(whole).map_err(End::environment);
     daemon::serve(&options, "vhost-ft-blk", threads.into(), make, signals, fingerprint)

@@ -34,6 +34,7 @@ use crate::{
     overlap::{Access, Schedule},
     replication::{Replication, Stage},
     space::Starving,
+    standing::Half,
     transfer::{Buffers, Data, Prepared},
 };
 
@@ -124,6 +125,8 @@ pub struct Disk {
     starving: Starving,
     /// Engine `device`, primary.
     replication: Option<Replication>,
+    /// Engine `device`: the image as one of two.
+    half: Option<Half>,
     /// Following: requests whose result comes from the log.
     passive: VecDeque<Request>,
     done: VecDeque<Done>,
@@ -144,6 +147,7 @@ impl Disk {
             cache: CacheMode::new(policy.write_through),
             starving: Starving::new(policy.on_enospc),
             replication: None,
+            half: None,
             policy,
             schedule: Schedule::default(),
             jobs: ById::default(),
@@ -156,6 +160,12 @@ impl Disk {
             requests: Vec::new(),
             startable: Vec::new(),
         }
+    }
+
+    /// The same, whose image is one of two: engine `device`.
+    #[must_use]
+    pub fn as_half(self, half: Option<Half>) -> Self {
+        Self { half, ..self }
     }
 
     fn take(&mut self, mut request: Request, io: &mut Uring) {

@@ -22,6 +22,8 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 use tracing::info;
 
+use crate::standing::Standing;
+
 /// Up to here a fingerprint covers every byte.
 const WHOLE_BYTES_MAX: u64 = 256 << 20;
 /// Beyond, this many evenly spaced samples.
@@ -107,6 +109,8 @@ pub struct Image {
     alignment: usize,
     locking: Locking,
     patience: Duration,
+    /// Looked at whenever the image becomes ours again.
+    standing: Option<Standing>,
     /// Devices that hold the lock, of all clones of this image.
     holders: Arc<Mutex<u32>>,
     bytes: u64,
@@ -181,11 +185,21 @@ impl Image {
             file,
             locking,
             patience,
+            standing: None,
             holders: Arc::default(),
             bytes,
             block_bytes,
             read_only,
         })
+    }
+
+    /// The same, which no device begins to use while it may be outdated.
+    #[must_use]
+    pub fn judged_by(self, standing: Standing) -> Self {
+        Self {
+            standing: Some(standing),
+            ..self
+        }
     }
 
     /// A device begins to use the image: from here on it is ours.
@@ -203,6 +217,10 @@ impl Image {
         if *holders == 0 {
             lock_patiently(&self.file, self.read_only, self.patience)
                 .map_err(|_| ImageError::Locked(self.path.clone()).to_string())?;
+            if let Some(Err(refused)) = self.standing.as_ref().map(Standing::require_current) {
+                let _ = lock(&self.file, libc::F_UNLCK);
+                return Err(refused.to_string());
+            }
             let found = measure(&mut self.file).map_err(|error| error.to_string())?;
             if self.whole_blocks(found) != self.bytes {
                 let _ = lock(&self.file, libc::F_UNLCK);
@@ -314,6 +332,7 @@ impl Image {
         Ok(Self {
             file: self.file.try_clone()?,
             path: self.path.clone(),
+            standing: self.standing.clone(),
             holders: Arc::clone(&self.holders),
             ..*self
         })
@@ -456,6 +475,21 @@ mod tests {
             Image::open(file.path(), WRITES, 512, Locking::Life, Duration::ZERO),
             Err(ImageError::Locked(_))
         ));
+    }
+
+    #[test]
+    fn an_image_that_is_marked_meanwhile_is_not_attached_and_not_kept() {
+        let file = image(1024);
+        let standing = Standing::of(file.path(), None).unwrap();
+        let image = Image::open(file.path(), WRITES, 512, Locking::WhileAttached, Duration::ZERO).unwrap();
+        let mut image = image.judged_by(standing.clone());
+        image.attach().unwrap();
+        image.detach().unwrap();
+        standing.mark("web").unwrap();
+        assert!(image.attach().unwrap_err().contains("one of two images of VM 'web'"));
+        drop(Image::open(file.path(), WRITES, 512, Locking::Life, Duration::ZERO).unwrap());
+        standing.clear().unwrap();
+        image.attach().unwrap();
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //!   ├ [replication]  which completions wait for the other host (engine `device`)
 //!   ├ [overlap]  which request may start: overlapping ones keep their order
 //!   ├ [transfer] where the data is meanwhile
-//!   └ [image]    the file: lock, size, fingerprint
+//!   ├ [image]    the file: lock, size, fingerprint
+//!   └ [standing] whether it may be outdated (engine `device`)
 //! ```
 //! Alone it serves any vhost-user frontend. With ft-log each host has its image, and the backup's daemon repeats every write
 //! (paper §4.1, the non-shared disk); with `--engine device` the frontend may be a stock VMM.
@@ -19,4 +20,5 @@ pub mod image;
 pub mod overlap;
 mod replication;
 mod space;
+pub mod standing;
 mod transfer;

@@ -8,14 +8,14 @@
 
 use ft_client::{
     events::{Events, wall_ns},
-    handshake::{self, EngineSession},
+    handshake::{self, EngineSession, JoinError},
 };
 use tracing::info;
 
 use crate::{
     daemon::{Doors, Membership, Options, Signals},
     device::{
-        Device,
+        Device, Part,
         alone::Alone,
         follow::{Followed, follow},
         mirror::Link,
@@ -54,11 +54,19 @@ pub(crate) fn serve(
     // That they can be opened is known from here on.
     let doors = doors.shut();
     let (place, fingerprint) = (membership.clone(), *fingerprint);
+    device.take_part(Part::Joins)?;
     let join = move || handshake::join_engine(&place.ft_log, &place.vm, &place.device, &fingerprint);
-    let Some(joined) = signals.unless_asked_to_end(join)? else {
-        return Ok(());
+    let EngineSession { device: mut seat, shim } = match signals.unless_asked_to_end(join)? {
+        Some(Ok(joined)) => joined,
+        Some(Err(error)) => {
+            // Nothing else says that no pair was made of it.
+            if matches!(error, JoinError::Connect { .. } | JoinError::Refused(_)) {
+                device.take_part(Part::NeverJoined)?;
+            }
+            return Err(End::environment(error));
+        }
+        None => return Ok(()),
     };
-    let EngineSession { device: mut seat, shim } = joined.map_err(End::environment)?;
     let service = Service::from_environment();
     service.ready();
     info!("joined; the socket opens when this side is to serve");

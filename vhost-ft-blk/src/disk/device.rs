@@ -5,7 +5,7 @@ use std::io;
 use ft_client::events::Events;
 use ft_protocol::{Body, Committed, Lsn};
 use ft_vhost::{
-    device::{Buffer, Completion, Device, Input, Life, Mirror, Uring},
+    device::{Buffer, Completion, Device, Input, Life, Mirror, Part, Uring},
     exit::End,
     guest_side::{
         GuestSide,
@@ -188,6 +188,10 @@ impl Device for Disk {
         );
         events.emit("reissued", json!({ "count": count }));
         Ok(())
+    }
+
+    fn take_part(&mut self, part: Part) -> Result<(), End> {
+        self.half.as_mut().map_or(Ok(()), |half| half.take(part))
     }
 
     fn mirror(&mut self, mirror: Mirror) -> Result<(), End> {

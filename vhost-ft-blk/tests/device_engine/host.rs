@@ -59,7 +59,7 @@ fn addresses() -> [SocketAddr; 2] {
 }
 
 /// `ft-log` of this build, which is another package's.
-fn ft_log() -> PathBuf {
+pub(crate) fn ft_log() -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_vhost-ft-blk")).with_file_name("ft-log");
     assert!(path.exists(), "{} is not there: cargo build -p ft-log", path.display());
     path
@@ -77,6 +77,11 @@ fn daemon(limit: Option<u64>) -> Command {
     command
 }
 
+/// Notes on a host that its image was one of two.
+pub(crate) fn mark(directory: &Path) {
+    std::fs::write(directory.join("image.ft-state"), r#"{"version":1,"vm":"stock"}"#).unwrap();
+}
+
 /// Both sides and what they share.
 pub(crate) struct Pair {
     pub(crate) primary: Host,
@@ -92,13 +97,13 @@ impl Pair {
 
     /// The same; the daemon of either side may not write its image beyond so many sectors (primary, backup).
     pub(crate) fn start_limited(more: &[&str], limits: [Option<u64>; 2]) -> Self {
-        let mut pair = Self::spawn(more, limits, [0; 2]);
+        let mut pair = Self::spawn(more, limits, [0; 2], false);
         pair.primary.blk.wait_line("listening");
         pair
     }
 
-    /// Starts both sides on images filled with one byte each (primary, backup), and waits for nothing.
-    pub(crate) fn spawn(more: &[&str], limits: [Option<u64>; 2], content: [u8; 2]) -> Self {
+    /// Starts both sides on images filled with one byte each (primary, backup), `marked` as those of an earlier pair, and waits for nothing.
+    pub(crate) fn spawn(more: &[&str], limits: [Option<u64>; 2], content: [u8; 2], marked: bool) -> Self {
         let arbiter = TempDir::new().unwrap();
         let addresses = addresses();
         let start = |primary: bool| {
@@ -110,6 +115,9 @@ impl Pair {
             let path = |name: &str| directory.path().join(name);
             let byte = content[usize::from(!primary)];
             std::fs::write(path("image"), vec![byte; SECTORS as usize * 512]).unwrap();
+            if marked {
+                mark(directory.path());
+            }
             let mut command = Command::new(ft_log());
             command.args(["--vm", "stock", "--role", role, "--devices", "blk0"]);
             command.args(["--socket-path", text(&path("log")), "--arbiter", text(arbiter.path())]);

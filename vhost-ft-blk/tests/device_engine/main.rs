@@ -7,6 +7,8 @@ mod host;
 mod model;
 #[cfg(not(feature = "control-no-hold"))]
 mod promises;
+#[cfg(not(feature = "control-no-hold"))]
+mod standing;
 #[path = "../../../crates/ft-vhost/tests/support/mod.rs"]
 mod support;
 

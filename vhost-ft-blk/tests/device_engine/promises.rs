@@ -37,6 +37,9 @@ fn both_images_come_to_the_same_bytes_and_the_pair_ends_in_order() {
     for daemon in [primary.blk, backup.blk, primary.log, backup.log] {
         assert_eq!(daemon.wait().0, Some(0));
     }
+    for host in [&primary.directory, &backup.directory] {
+        assert!(!host.path().join("image.ft-state").exists(), "either image counts");
+    }
     let images =
         [primary.directory, backup.directory].map(|directory| std::fs::read(directory.path().join("image")).unwrap());
     assert!(images[0] == images[1], "the images differ");
@@ -177,7 +180,7 @@ fn a_daemon_that_is_asked_to_end_under_its_guest_hands_over() {
 
 #[test]
 fn images_that_differ_make_no_pair_and_nobody_serves() {
-    let pair = Pair::spawn(&[], [None; 2], [0, 1]);
+    let pair = Pair::spawn(&[], [None; 2], [0, 1], false);
     let sockets = [pair.primary.socket(), pair.backup.socket()];
     for side in [pair.primary, pair.backup] {
         let (code, said) = side.blk.wait();

@@ -9,7 +9,7 @@ use tracing::{error, info};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Completion, Device, Input, LOOP_TOKENS, Life, Uring, earliest,
+    Completion, Device, Input, LOOP_TOKENS, Life, Part, Uring, earliest,
     mirror::{Link, Standing},
     patience::Patience,
     until,
@@ -195,8 +195,13 @@ impl<D: Device> Alone<D> {
         let Some(link) = &mut self.link else {
             return Ok(Some(None));
         };
-        if link.stand(&mut self.events)? == Standing::Over {
-            return Ok(None);
+        match link.stand(&mut self.events)? {
+            Standing::Serves => {}
+            Standing::Unprotected => self.device.take_part(Part::Last)?,
+            Standing::Over => {
+                self.device.take_part(Part::Last)?;
+                return Ok(None);
+            }
         }
         let awaits = link.awaits();
         let marker = self.device.committed(link.committed(), &mut self.io)?;
@@ -221,7 +226,7 @@ impl<D: Device> Alone<D> {
             Some(link) => match link.stand(&mut self.events)? {
                 // Seen again where the loop ends in order.
                 Standing::Over => Ok(()),
-                Standing::Serves => Err(End::LogGone),
+                Standing::Serves | Standing::Unprotected => Err(End::LogGone),
             },
             None => Ok(()),
         }

@@ -19,7 +19,7 @@ use ft_protocol::{Body, Lsn, Role, entry::Entry};
 use tracing::info;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Device, Uring};
+use super::{Device, Part, Uring};
 use crate::{daemon::Signals, exit::End};
 
 const TOKEN_SIGNALS: u64 = 0;
@@ -120,11 +120,17 @@ impl<D: Device> Follower<'_, D> {
                 Role::Recording => return Ok(Followed::Serve(role)),
                 Role::Live => {
                     self.sync()?;
+                    // Who takes over has an entry at least.
+                    self.device.take_part(match self.applied {
+                        Lsn::ZERO => Part::Alone,
+                        _ => Part::Last,
+                    })?;
                     return Ok(Followed::Serve(role));
                 }
                 Role::Halted => return Err(End::Halted),
                 Role::Off => {
                     self.sync()?;
+                    self.device.take_part(Part::Last)?;
                     return Ok(Followed::Over);
                 }
                 // ft-log looks how far this side is when it is rung.

@@ -105,6 +105,8 @@ impl std::fmt::Debug for Link {
 pub(super) enum Standing {
     /// It goes on.
     Serves,
+    /// It goes on, and from now on without a backup. Said once.
+    Unprotected,
     /// The log is complete on both sides: an end in order.
     Over,
 }
@@ -166,6 +168,7 @@ impl Link {
             Role::Live if std::mem::replace(&mut self.protected, false) => {
                 warn!("the backup is gone: from here on writes are not replicated");
                 events.emit("unprotected", json!({ "generation": self.generation().0 }));
+                return Ok(Standing::Unprotected);
             }
             _ => {}
         }

@@ -37,6 +37,19 @@ pub enum Life {
     Follows,
 }
 
+/// What a device of engine `device` is to its VM, as far as this host knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// About to be one of two: from here on only the pair knows which one counts.
+    Joins,
+    /// It came to nothing: all is as it was.
+    NeverJoined,
+    /// The VM starts without a backup.
+    Alone,
+    /// No other one counts any more, or the other one has everything and nobody goes on.
+    Last,
+}
+
 /// Something from outside for the guest.
 #[derive(Debug)]
 pub struct Input {
@@ -147,6 +160,14 @@ pub trait Device {
     /// [`End`].
     fn release(&mut self, _committed: Committed) -> Result<Option<Lsn>, End> {
         Ok(None)
+    }
+
+    /// Engine `device`: the device's part in its VM changes. What it notes of that survives a power cut.
+    ///
+    /// # Errors
+    /// [`End`] where it cannot take this part.
+    fn take_part(&mut self, _part: Part) -> Result<(), End> {
+        Ok(())
     }
 
     /// Engine `device`, primary: what the device changes from here on goes through `mirror`.
