@@ -9,6 +9,7 @@ use std::{
         unix::fs::OpenOptionsExt,
     },
     str::FromStr,
+    time::{Duration, Instant},
 };
 
 use ft_vhost::guest_side::net::{HEADER_BYTES, MTUS};
@@ -165,6 +166,11 @@ impl TapName {
     }
 }
 
+/// How long a TAP that somebody has is tried again: the kernel takes it from a daemon that was killed a moment after its end.
+const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+/// How often: nothing tells when it is free.
+const BUSY_RETRY: Duration = Duration::from_millis(10);
+
 /// One queue of an attached TAP (or macvtap). Frames carry a header of [`HEADER_BYTES`].
 #[derive(Debug)]
 pub struct Tap {
@@ -244,7 +250,13 @@ impl Tap {
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/net/tun")
             .map_err(TapError::Device)?;
-        attach(&file, name, more).map_err(TapError::of(name))?;
+        let deadline = Instant::now() + BUSY_PATIENCE;
+        while let Err(error) = attach(&file, name, more) {
+            if error.kind() != io::ErrorKind::ResourceBusy || Instant::now() > deadline {
+                return Err(TapError::of(name)(error));
+            }
+            std::thread::sleep(BUSY_RETRY);
+        }
         let many = more & libc::IFF_MULTI_QUEUE != 0;
         Ok(Self { file, many })
     }

@@ -9,7 +9,7 @@ mod support;
 mod wire;
 
 use std::{
-    io::{Read, Write},
+    io::{IoSlice, Read, Write},
     os::{
         fd::{AsRawFd, IntoRawFd},
         unix::net::UnixStream,
@@ -20,15 +20,25 @@ use std::{
 };
 
 use ft_vhost::guest_side::dirty::GuestMemoryMmap;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    sys::{
+        signal::Signal,
+        socket::{ControlMessage, MsgFlags, sendmsg},
+    },
+};
 use support::{
     daemon::{Daemon, fails, text},
     driver::{Driver, memory, readable, writable},
     frontend::{PATIENCE, Session, readable_within},
 };
 use tempfile::TempDir;
-use vhost::vhost_user::{VhostUserFrontend as _, message::VhostUserProtocolFeatures};
+use vhost::{
+    VhostBackend as _, VhostUserMemoryRegionInfo,
+    vhost_user::{VhostUserFrontend as _, message::VhostUserProtocolFeatures},
+};
 use vhost_ft_net::tap::{Tap, TapName};
+use vm_memory::GuestMemoryBackend as _;
 use wire::{Wire, frame, ip};
 
 const ALL_FEATURES: u64 = u64::MAX;
@@ -388,16 +398,64 @@ fn a_frontend_says_the_mtu_and_when_to_announce() {
 #[test]
 fn queues_may_be_enabled_before_features_are_taken() {
     let host = Host::new(&[]);
-    let _daemon = host.daemon(&[]);
+    let daemon = host.daemon(&[]);
     let mut stream = UnixStream::connect(host.path("socket")).unwrap();
     for queue in [0, 1] {
         assert_eq!(number_message(&mut stream, 18, (1u64 << 32 | queue).to_ne_bytes()), 0);
     }
+    // One more, and behind it a message with a descriptor (SET_VRING_CALL), as they lie there when the daemon is slow.
+    let words = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
+    let enable = words(&[18, 1, 8, 0, 1]);
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    daemon.stop();
+    stream.write_all(&enable).unwrap();
+    let descriptors = [theirs.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&descriptors)];
+    let call = [words(&[13, 1, 8]), 0u64.to_ne_bytes().to_vec()].concat();
+    let parts = [IoSlice::new(&call)];
+    sendmsg::<()>(stream.as_raw_fd(), &parts, &rights, MsgFlags::empty(), None).unwrap();
+    daemon.signal(Signal::SIGCONT);
     let memory = memory();
     let pairs = pairs(&memory, 1);
     let none = VhostUserProtocolFeatures::empty();
     let drivers = [&pairs[0].receive, &pairs[0].transmit];
     drop(Session::over(stream, &memory, ALL_FEATURES, &drivers, none));
+}
+
+#[test]
+fn memory_may_be_told_of_once_for_each_pair() {
+    let host = Host::new(&[]);
+    let _daemon = host.daemon(&[]);
+    let memory = memory();
+    let mut pairs = pairs(&memory, 1);
+    let slots = VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+    let mut session = Session::negotiate_with(&host.path("socket"), ALL_FEATURES, 2, slots);
+    let region = memory.iter().next().unwrap();
+    let region = VhostUserMemoryRegionInfo::from_guest_region(region).unwrap();
+    for _ in 0..2 {
+        session.frontend.add_mem_region(&region).unwrap();
+    }
+    session.start_queue(0, &pairs[0].receive);
+    session.start_queue(1, &pairs[0].transmit);
+    pairs[0].send(&[0; 12], &frame(1, 80));
+    session.kick(1);
+    assert_eq!(host.wire.receive(), frame(1, 80));
+    for queue in [0, 1] {
+        session.frontend.get_vring_base(queue).unwrap();
+    }
+    for _ in 0..2 {
+        session.frontend.remove_mem_region(&region).unwrap();
+    }
+}
+
+#[test]
+fn a_tap_is_waited_for_while_its_last_daemon_ends() {
+    let host = Host::new(&[]);
+    let first = host.daemon(&[]);
+    let mut second = Daemon::spawn(&mut host.command(&["--tap", TAP]));
+    first.terminate();
+    assert_eq!(first.wait().0, Some(0));
+    second.wait_line("listening");
 }
 
 #[test]

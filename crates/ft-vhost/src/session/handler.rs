@@ -467,11 +467,17 @@ impl VhostUserBackendReqHandlerMut for Handler {
         fd: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<u64>> {
-        self.use_memory(self.memory.with(region, fd))?;
+        // QEMU 7.2 says it once for each pair of a card's queues, and so below.
+        if !self.description.network || !self.memory.has(region) {
+            self.use_memory(self.memory.with(region, fd))?;
+        }
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        if self.description.network && !self.memory.has(region) {
+            return Ok(());
+        }
         self.use_memory(self.memory.without(region))
     }
 

@@ -138,12 +138,24 @@ impl MemoryTable {
     /// # Errors
     /// [`MemoryError::Unknown`].
     pub fn without(&self, entry: &VhostUserMemoryRegion) -> Result<Self, MemoryError> {
+        let (guest, length) = (entry.guest_phys_addr, entry.memory_size);
+        let mut table = self.clone();
+        table
+            .slots
+            .remove(self.place(entry).ok_or(MemoryError::Unknown { guest, length })?);
+        Ok(table)
+    }
+
+    /// Whether this region is in the table.
+    #[must_use]
+    pub fn has(&self, entry: &VhostUserMemoryRegion) -> bool {
+        self.place(entry).is_some()
+    }
+
+    fn place(&self, entry: &VhostUserMemoryRegion) -> Option<usize> {
         let (guest, user, length) = (entry.guest_phys_addr, entry.user_addr, entry.memory_size);
         let is_it = |slot: &Slot| slot.guest() == guest && slot.user == user && slot.region.len() == length;
-        let place = self.slots.iter().position(is_it);
-        let mut table = self.clone();
-        table.slots.remove(place.ok_or(MemoryError::Unknown { guest, length })?);
-        Ok(table)
+        self.slots.iter().position(is_it)
     }
 
     /// The memory.

@@ -1,0 +1,6 @@
+#![no_main]
+
+#[path = "../src/net.rs"]
+mod net;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| net::net_rings(data));
