@@ -53,7 +53,7 @@ impl Many {
         let role = if host == HostId::A { "primary" } else { "backup" };
         let arbiter = self.world.path("arbiter");
         let mut text = format!(
-            "role = '{role}'\narbiter = '{}'\njournal = '{}'\nevents = '/dev/stdout'\nheartbeat-misses = 10000\nchannel-timeout-ms = 200000\nreplay-timeout-ms = 3600000\n",
+            "role = '{role}'\narbiter = '{}'\njournal = '{}'\nevents = '/dev/stdout'\nheartbeat-misses = 10000\nchannel-timeout-ms = 200000\nleave-timeout-ms = 60000\nreplay-timeout-ms = 3600000\n",
             arbiter.display(),
             self.world.journal(host).display(),
         );

@@ -28,8 +28,8 @@ use nix::{
 };
 use serde_json::Value;
 
-/// For a pair of which one side is to notice that the other one is silent: after a second.
-pub(crate) const SUSPICIOUS: &[&str] = &["--heartbeat-misses", "50"];
+/// For a pair of which one side is to notice that the other one is silent: after two seconds.
+pub(crate) const SUSPICIOUS: &[&str] = &["--heartbeat-misses", "100"];
 /// Nothing here takes longer on any machine.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 pub(crate) const VM: &str = "ledger";
@@ -168,6 +168,8 @@ impl World {
         if !more.contains(&"--channel-timeout-ms") {
             command.args(["--channel-timeout-ms", "200000"]);
         }
+        // Whatever ends a side, its peer hears of it.
+        command.args(["--leave-timeout-ms", "60000"]);
         if !more.contains(&"--replay-timeout-ms") {
             // The replay is the test's own, and it may take its time.
             command.args(["--replay-timeout-ms", "3600000"]);

@@ -15,7 +15,7 @@ use super::support::daemon::{Daemon, text};
 pub(crate) const SECTORS: u64 = 2048;
 
 /// For a pair of which one side is to notice that the other one is silent. A killed peer's channel is away at once.
-pub(crate) const SUSPICIOUS: [&str; 4] = ["--heartbeat-misses", "50", "--channel-timeout-ms", "2000"];
+pub(crate) const SUSPICIOUS: [&str; 4] = ["--heartbeat-misses", "50", "--channel-timeout-ms", "4000"];
 
 /// A side of the pair.
 pub(crate) struct Host {
@@ -122,7 +122,7 @@ impl Pair {
             command.args(["--vm", "stock", "--role", role, "--devices", "blk0"]);
             command.args(["--socket-path", text(&path("log")), "--arbiter", text(arbiter.path())]);
             command.args(["--listen", &listen.to_string(), "--peer", &peer.to_string()]);
-            command.args(["--heartbeat-interval-ms", "100"]);
+            command.args(["--heartbeat-interval-ms", "100", "--leave-timeout-ms", "60000"]);
             if !more.contains(&SUSPICIOUS[0]) {
                 // A busy machine is no failure.
                 command.args(["--heartbeat-misses", "10000", "--channel-timeout-ms", "200000"]);
