@@ -220,8 +220,8 @@ fn the_hosts_msrs_are_answered_from_the_log_or_fault() {
     execution.run().unwrap();
     let faults = execution.vcpu().registers().r9;
     assert_eq!(
-        faults, 250,
-        "MPERF was read, KVM's clock set up, DEBUGCTL read or written, or the last branch read"
+        faults, 350,
+        "MPERF was read, KVM's clock set up, DEBUGCTL or DE_CFG read or written, or the last branch read"
     );
 }
 

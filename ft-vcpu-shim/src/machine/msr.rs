@@ -18,8 +18,7 @@ const HOSTS: [(u32, u32); 16] = [
     (0x3b, 1),               // TSC_ADJUST
     (0xc1, 8),               // PMC0...
     (0xe7, 2),               // MPERF, APERF
-    (0x186, 8),              // PERFEVTSEL0...
-    (0x19c, 1),              // THERM_STATUS
+    (0x186, 0x17),           // PERFEVTSEL0..., PERF_STATUS, PERF_CTL, THERM_...
     (0x1d9, 6), // DEBUGCTL and the last branches and exceptions that it has the CPU note: no state delta could carry them
     (0x309, 3), // FIXED_CTR0...
     (0x38d, 5), // FIXED_CTR_CTRL, PERF_GLOBAL_...
@@ -29,6 +28,7 @@ const HOSTS: [(u32, u32); 16] = [
     (0xc000_00e7, 3), // MPERF, APERF, instructions retired (AMD)
     (0xc001_0000, 8), // PERF_CTL0..., PERF_CTR0... (AMD)
     (0xc001_0200, 12), // the same, extended
+    (0xc001_1029, 1), // DE_CFG (AMD): KVM lets a guest set what it does not take from a state delta
     (0x4b56_4d00, 8), // KVM: clock, asynchronous page faults, steal time, EOI
 ];
 const LONGEST: usize = 0x40;

@@ -18,7 +18,7 @@ use crate::error::Error;
 const CR4_PGE: u64 = 1 << 7;
 const LSTAR: u32 = 0xc000_0082;
 /// MSRs that belong to the state, where KVM has them, beside [`MACHINE_CHECK_BANKS`].
-const MSRS: [u32; 52] = [
+const MSRS: [u32; 51] = [
     0x3a,  // FEATURE_CONTROL
     0x48,  // SPEC_CTRL
     0x122, // TSX_CTRL
@@ -70,7 +70,6 @@ const MSRS: [u32; 52] = [
     0xc001_0114, // VM_CR (AMD)
     0xc001_0117, // VM_HSAVE_PA (AMD)
     0xc001_011f, // VIRT_SPEC_CTRL (AMD)
-    0xc001_1029, // DE_CFG (AMD): Linux sets a bit of it at boot
 ];
 /// Control, status, address and miscellaneous of each bank; Linux enables all that there are, and reads whether it could.
 const MACHINE_CHECK_BANKS: Range<u32> = 0x400..0x480;
@@ -134,11 +133,10 @@ fn list(entries: &[kvm_msr_entry]) -> Msrs {
 }
 
 /// MSRs that only the host sets, and a guest reads: with another value there, it would be another execution.
-const OF_THE_HOST: [u32; 4] = [
-    0x8b,        // the microcode's revision
-    0xce,        // PLATFORM_INFO
-    0x10a,       // ARCH_CAPABILITIES
-    0xc001_1029, // DE_CFG (AMD), before the guest writes it
+const OF_THE_HOST: [u32; 3] = [
+    0x8b,  // the microcode's revision
+    0xce,  // PLATFORM_INFO
+    0x10a, // ARCH_CAPABILITIES
 ];
 
 /// What a guest with the CPUID of `vcpu` reads of its host, by MSR.
@@ -356,7 +354,6 @@ mod tests {
     #[test]
     fn what_a_guest_wrote_before_a_delta_is_what_it_reads_after_one() {
         let (from, to) = (vcpu(), vcpu());
-        // Those that every KVM has, and those that AMD's have.
         let mut carried = 0;
         for (index, data) in [(0x405, 0x1234), (0x47f, 5), (0x17a, 4), (0x1fc, 1), (0xc001_1029, 2)] {
             let entry = kvm_msr_entry {

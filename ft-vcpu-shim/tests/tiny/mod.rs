@@ -273,6 +273,11 @@ msr_guest_start:
     wrmsr
     mov ecx, 0x1db
     rdmsr
+    mov ecx, 0xc0011029
+    rdmsr
+    xor eax, eax
+    xor edx, edx
+    wrmsr
     dec r10d
     jnz 2b
     guest_ends
