@@ -18,6 +18,7 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockType, socket},
 };
 use thiserror::Error;
+use tracing::info;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
@@ -251,9 +252,13 @@ impl Tap {
             .open("/dev/net/tun")
             .map_err(TapError::Device)?;
         let deadline = Instant::now() + BUSY_PATIENCE;
+        let mut told = false;
         while let Err(error) = attach(&file, name, more) {
             if error.kind() != io::ErrorKind::ResourceBusy || Instant::now() > deadline {
                 return Err(TapError::of(name)(error));
+            }
+            if !std::mem::replace(&mut told, true) {
+                info!(tap = %name, "somebody has the TAP: tried again for a moment");
             }
             std::thread::sleep(BUSY_RETRY);
         }

@@ -453,6 +453,7 @@ fn a_tap_is_waited_for_while_its_last_daemon_ends() {
     let host = Host::new(&[]);
     let first = host.daemon(&[]);
     let mut second = Daemon::spawn(&mut host.command(&["--tap", TAP]));
+    second.wait_line("somebody has the TAP");
     first.terminate();
     assert_eq!(first.wait().0, Some(0));
     second.wait_line("listening");
