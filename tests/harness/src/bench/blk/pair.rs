@@ -79,6 +79,10 @@ impl Pair {
     pub(super) fn join(&self, command: &mut Command, side: Side) {
         command.arg("--ft-log").arg(self.socket(side));
         command.args(["--engine", "device", "--vm", "bench", "--device", "blk0"]);
+        // The next turn's daemon is alone on this image, whatever the end of this pair leaves noted.
+        command
+            .arg("--image-state")
+            .arg(self.path(&format!("{}-image-state", side.name())));
     }
 
     fn path(&self, name: &str) -> PathBuf {
