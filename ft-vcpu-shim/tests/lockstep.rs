@@ -2,7 +2,10 @@
 
 mod tiny;
 
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use ft_protocol::{Body, Generation, Lsn, Role, entry::Entry};
 use ft_vcpu_shim::{
@@ -300,6 +303,23 @@ fn a_counter_of_branches_names_the_same_places_however_late_its_overflows_are() 
     // Later than the margin, the place is passed: that is seen.
     let outcome = replay_with(&args, frames, clock(5, 40 * MARGIN));
     assert!(matches!(outcome, Err(Error::Diverged(_))), "{outcome:?}");
+}
+
+/// A host that is busy with something else lets the patience end right behind an exit, where no branch has been made yet.
+#[test]
+fn a_place_without_a_count_of_its_own_is_not_stopped_at() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine_of(&directory, &busy_guest());
+    let counter = |seed| FakeCounter::new(seed, 1, 0);
+    let (digests, frames) = record_with(&args, &directory.path().join("console"), |execution| {
+        let starving = counter(0).starving(Duration::from_millis(4));
+        execution.set_clock(Box::new(BranchClock::new(starving, 2)));
+        execution.set_patience(Duration::from_micros(200));
+    });
+    let replayed = replay_with(&args, frames, |execution| {
+        execution.set_clock(Box::new(BranchClock::new(counter(2), 2)));
+    });
+    assert_eq!(replayed.unwrap(), (End::PowerOff, digests));
 }
 
 #[test]

@@ -175,16 +175,11 @@ impl Session {
     /// One instruction on, or to the next stop if that comes first, or if it cannot be told where the instruction leads.
     fn advance_instruction(&mut self) -> Result<Option<Step>, Error> {
         let leads_to = if self.support.is_ok() {
-            self.leads_to()?
+            position::leads_to(self.execution.vcpu())?
         } else {
             Vec::new()
         };
         self.advance(&leads_to)
-    }
-
-    fn leads_to(&self) -> Result<Vec<u64>, Error> {
-        let entering = position::entering(self.execution.history()).filter(|_| self.at_stop);
-        position::leads_to(self.execution.vcpu(), entering)
     }
 
     /// One instruction where the KVM can, otherwise to the next stop.

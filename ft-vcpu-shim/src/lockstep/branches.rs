@@ -37,12 +37,11 @@ pub trait BranchCounter: Debug {
     /// See [`BranchCounter::count`].
     fn overflow(&mut self, after: Option<u32>) -> Result<(), Error>;
 
-    /// Runs the guest to an exit, a signal, an overflow, or to what `until` names if that is a breakpoint. `entering` is the vector of an
-    /// interrupt that enters first.
+    /// Runs the guest to an exit, a signal, an overflow, or to what `until` names if that is a breakpoint.
     ///
     /// # Errors
     /// See [`BranchCounter::count`], and what [`Vcpu::run`] gives.
-    fn run(&mut self, vcpu: &mut Vcpu, until: Until, entering: Option<u8>) -> Result<Exit, Error>;
+    fn run(&mut self, vcpu: &mut Vcpu, until: Until) -> Result<Exit, Error>;
 }
 
 /// Progress is the number of branches since the last exit.
@@ -86,9 +85,9 @@ impl<C: BranchCounter> PositionClock for BranchClock<C> {
         self.margin
     }
 
-    fn run(&mut self, vcpu: &mut Vcpu, until: Until, mut entering: Option<u8>) -> Result<Exit, Error> {
+    fn run(&mut self, vcpu: &mut Vcpu, until: Until) -> Result<Exit, Error> {
         let Until::Progress(target) = until else {
-            return self.counter.run(vcpu, until, entering);
+            return self.counter.run(vcpu, until);
         };
         let left = target.saturating_sub(self.progress(vcpu)?);
         if left == 0 {
@@ -96,7 +95,7 @@ impl<C: BranchCounter> PositionClock for BranchClock<C> {
         }
         self.counter.overflow(Some(left))?;
         let exit = loop {
-            let exit = self.counter.run(vcpu, until, entering.take())?;
+            let exit = self.counter.run(vcpu, until)?;
             // Any other signal ends the run as an overflow does.
             if exit != Exit::Interrupted || self.progress(vcpu)? >= target {
                 break exit;
@@ -155,7 +154,7 @@ pub fn self_test(kvm: &Kvm, clock: &mut dyn PositionClock) -> Result<Result<(), 
         // Every second round on its own, the others stopped on their way, elsewhere each time.
         if round % 2 == 1 {
             let target = 1 + round * (BRANCHES_BEYOND - 2) / ROUNDS;
-            let exit = clock.run(&mut vcpu, Until::Progress(target), None)?;
+            let exit = clock.run(&mut vcpu, Until::Progress(target))?;
             let progress = clock.progress(&vcpu)?;
             let late = progress.checked_sub(target);
             if exit != Exit::Interrupted || late.is_none_or(|late| late >= clock.margin()) {
@@ -182,7 +181,7 @@ pub fn self_test(kvm: &Kvm, clock: &mut dyn PositionClock) -> Result<Result<(), 
 /// Runs the tiny guest to its write to `port`.
 fn runs_to(clock: &mut dyn PositionClock, vcpu: &mut Vcpu, port: u16) -> Result<Result<(), String>, Error> {
     loop {
-        match clock.run(vcpu, Until::Exit, None)? {
+        match clock.run(vcpu, Until::Exit)? {
             Exit::Interrupted => {}
             Exit::PortWrite { port: at, .. } if at == port => return Ok(Ok(())),
             exit => {

@@ -9,12 +9,14 @@
 //!
 //! An overflow comes late by some branches (skid), so a replay has it come early and walks the rest. Between two counts the instruction
 //! pointer tells places apart; where it does not (a function called twice without a branch), the registers' digest does.
+//!
+//! A place needs a count of its own: one that equals the count of the stop before names that stop. A guest that comes to no branch is
+//! therefore not stopped, however long it takes; a loop of unconditional jumps alone has no place.
 
 use std::fmt::Debug;
 
 use kvm_bindings::kvm_regs;
 
-use super::history::{Event, History};
 use crate::{
     debug::{registers::memory_of, successors},
     error::Error,
@@ -52,11 +54,11 @@ pub trait PositionClock: Debug {
     /// More than an overflow is ever late.
     fn margin(&self) -> u32;
 
-    /// Runs the guest. `entering` is the vector of an interrupt that enters first.
+    /// Runs the guest. An interrupt that was let in ([`Vcpu::to_enter`]) enters first.
     ///
     /// # Errors
     /// See [`PositionClock::restart`], and what [`Vcpu::run`] gives.
-    fn run(&mut self, vcpu: &mut Vcpu, until: Until, entering: Option<u8>) -> Result<Exit, Error>;
+    fn run(&mut self, vcpu: &mut Vcpu, until: Until) -> Result<Exit, Error>;
 }
 
 /// The clock of a guest that is not recorded: it names no places, and nobody looks for one.
@@ -76,7 +78,7 @@ impl PositionClock for Unrecorded {
         0
     }
 
-    fn run(&mut self, vcpu: &mut Vcpu, _until: Until, _entering: Option<u8>) -> Result<Exit, Error> {
+    fn run(&mut self, vcpu: &mut Vcpu, _until: Until) -> Result<Exit, Error> {
         vcpu.run()
     }
 }
@@ -90,14 +92,13 @@ pub(super) fn run_to(
     clock: &mut dyn PositionClock,
     vcpu: &mut Vcpu,
     target: u32,
-    mut entering: Option<u8>,
     is_there: impl Fn(&kvm_regs) -> bool,
 ) -> Result<Option<Exit>, Error> {
     let early = target.saturating_sub(clock.margin());
     while clock.progress(vcpu)? < early {
-        match clock.run(vcpu, Until::Progress(early), entering)? {
-            Exit::Interrupted => entering = None,
-            exit => return Ok(Some(exit)),
+        let exit = clock.run(vcpu, Until::Progress(early))?;
+        if exit != Exit::Interrupted {
+            return Ok(Some(exit));
         }
     }
     let outcome = loop {
@@ -105,13 +106,12 @@ pub(super) fn run_to(
         if progress > target {
             break Some(Exit::Interrupted);
         }
-        if progress == target && entering.is_none() && is_there(&vcpu.registers()) {
+        if progress == target && vcpu.to_enter()?.is_none() && is_there(&vcpu.registers()) {
             break None;
         }
-        vcpu.debug(&leads_to_at_most(vcpu, entering)?)?;
-        match clock.run(vcpu, Until::Breakpoint, entering)? {
-            Exit::Trap => entering = None,
-            Exit::Interrupted => {}
+        vcpu.debug(&leads_to_at_most(vcpu)?)?;
+        match clock.run(vcpu, Until::Breakpoint)? {
+            Exit::Trap | Exit::Interrupted => {}
             exit => break Some(exit),
         }
     };
@@ -119,23 +119,24 @@ pub(super) fn run_to(
     Ok(outcome)
 }
 
-/// Where the next instruction, or the interrupt `entering`, leads to; exceptions are not thought of.
+/// Where the next instruction, or the interrupt that enters before it, leads to; exceptions are not thought of.
 ///
 /// # Errors
 /// What KVM refuses.
-pub fn leads_to(vcpu: &Vcpu, entering: Option<u8>) -> Result<Vec<u64>, Error> {
-    successors_of(vcpu, entering, &[])
+pub fn leads_to(vcpu: &Vcpu) -> Result<Vec<u64>, Error> {
+    successors_of(vcpu, &[])
 }
 
 /// [`leads_to`], and the exceptions that an instruction raises in the middle of a program.
 ///
 /// # Errors
 /// What KVM refuses.
-pub fn leads_to_at_most(vcpu: &Vcpu, entering: Option<u8>) -> Result<Vec<u64>, Error> {
-    successors_of(vcpu, entering, &[PAGE_FAULT, GENERAL_PROTECTION])
+pub fn leads_to_at_most(vcpu: &Vcpu) -> Result<Vec<u64>, Error> {
+    successors_of(vcpu, &[PAGE_FAULT, GENERAL_PROTECTION])
 }
 
-fn successors_of(vcpu: &Vcpu, entering: Option<u8>, exceptions: &[u8]) -> Result<Vec<u64>, Error> {
+fn successors_of(vcpu: &Vcpu, exceptions: &[u8]) -> Result<Vec<u64>, Error> {
+    let entering = vcpu.to_enter()?;
     let state = vcpu.state()?;
     let memory = memory_of(vcpu, &state);
     let handler = |vector: &u8| successors::handler(&memory, &state, *vector);
@@ -151,13 +152,4 @@ fn successors_of(vcpu: &Vcpu, entering: Option<u8>, exceptions: &[u8]) -> Result
     leads_to.retain(|address| *address != state.regs.rip);
     leads_to.extend(exceptions.iter().filter_map(handler));
     Ok(leads_to)
-}
-
-/// The vector of the interrupt that was let in at the last stop, and enters before anything is executed.
-#[must_use]
-pub fn entering(history: &History) -> Option<u8> {
-    history.last()?.events().find_map(|event| match event {
-        Event::Interrupt { vector } => Some(vector),
-        _ => None,
-    })
 }

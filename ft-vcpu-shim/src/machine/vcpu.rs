@@ -433,6 +433,15 @@ impl Vcpu {
         run.ready_for_interrupt_injection != 0 && run.if_flag != 0
     }
 
+    /// The vector of an interrupt that was let in and has not entered yet: a signal can come before it does, as well as behind it.
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn to_enter(&self) -> Result<Option<u8>, Error> {
+        let events = self.vcpu.get_vcpu_events().map_err(kvm_failed("tell of interrupts"))?;
+        Ok((events.interrupt.injected != 0).then_some(events.interrupt.nr))
+    }
+
     /// Whether an interrupt can enter the guest behind the access of the last exit, which is finished for that: it may fault then (string input
     /// into unmapped memory, a load from a device that is pushed onto an unmapped stack, a trap flag), and KVM forgets an interrupt that is to
     /// enter beside a fault. It may also have a second part, an exit of its own, and no interrupt enters between the two.

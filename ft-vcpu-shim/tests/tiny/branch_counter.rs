@@ -1,6 +1,8 @@
 //! A counter of conditional branches that executes instruction by instruction, by breakpoints: its overflows are as late as a seed wants, and
 //! it miscounts if it is told to.
 
+use std::time::Duration;
+
 use iced_x86::{Decoder, DecoderOptions, FlowControl};
 
 use ft_vcpu_shim::{
@@ -15,6 +17,9 @@ use ft_vcpu_shim::{
 
 use super::step_clock::Random;
 
+/// Counts from which a starving host has nothing else to do any more; a counter of seed 0 begins at 0.
+const STARVES_UNTIL: u64 = 40;
+
 #[derive(Debug)]
 pub struct FakeCounter {
     count: u64,
@@ -24,6 +29,11 @@ pub struct FakeCounter {
     skid: u32,
     /// One of so many branches is counted twice; 0 for none.
     miscounts: u64,
+    /// It was decided whether a signal comes before the interrupt that is to enter; one does before half of them.
+    is_signalled: bool,
+    /// The host has something else to do for so long, once at each count.
+    starves: Duration,
+    starved_at: Option<u64>,
 }
 
 impl FakeCounter {
@@ -35,7 +45,15 @@ impl FakeCounter {
             random: Random::new(seed),
             skid,
             miscounts,
+            is_signalled: false,
+            starves: Duration::ZERO,
+            starved_at: None,
         }
+    }
+
+    /// One whose host is busy for so long before it runs on from a count.
+    pub fn starving(self, starves: Duration) -> Self {
+        Self { starves, ..self }
     }
 
     fn branch(&mut self) {
@@ -66,25 +84,31 @@ impl BranchCounter for FakeCounter {
         Ok(())
     }
 
-    fn run(&mut self, vcpu: &mut Vcpu, until: Until, mut entering: Option<u8>) -> Result<Exit, Error> {
+    fn run(&mut self, vcpu: &mut Vcpu, until: Until) -> Result<Exit, Error> {
+        if until == Until::Exit && self.starved_at.replace(self.count) != Some(self.count) && self.count < STARVES_UNTIL
+        {
+            std::thread::sleep(self.starves);
+        }
+        let enters = vcpu.to_enter()?.is_some();
+        if enters && !std::mem::replace(&mut self.is_signalled, enters) && self.random.below(2) == 0 {
+            return Ok(Exit::Interrupted);
+        }
+        self.is_signalled = enters;
         loop {
             if self.overflow.is_some_and(|overflow| self.count >= overflow) {
                 vcpu.debug(&[])?;
                 return Ok(Exit::Interrupted);
             }
             if until != Until::Breakpoint {
-                vcpu.debug(&leads_to_at_most(vcpu, entering)?)?;
+                vcpu.debug(&leads_to_at_most(vcpu)?)?;
             }
-            let is_branch = entering.is_none() && is_at_branch(vcpu)?;
+            let is_branch = vcpu.to_enter()?.is_none() && is_at_branch(vcpu)?;
             let before = vcpu.registers().rip;
             let exit = vcpu.run()?;
             // A signal can come where the breakpoint is: then the instruction was executed all the same.
             let stepped = exit == Exit::Trap || (exit == Exit::Interrupted && vcpu.registers().rip != before);
-            if stepped {
-                entering = None;
-                if is_branch {
-                    self.branch();
-                }
+            if stepped && is_branch {
+                self.branch();
             }
             if exit != Exit::Trap || until == Until::Breakpoint {
                 return Ok(exit);

@@ -54,7 +54,7 @@ impl PositionClock for StepClock {
         MARGIN
     }
 
-    fn run(&mut self, vcpu: &mut Vcpu, until: Until, mut entering: Option<u8>) -> Result<Exit, Error> {
+    fn run(&mut self, vcpu: &mut Vcpu, until: Until) -> Result<Exit, Error> {
         let overflow = match until {
             Until::Progress(progress) => progress + self.random.below(u64::from(MARGIN)) as u32,
             Until::Exit | Until::Breakpoint => u32::MAX,
@@ -65,15 +65,14 @@ impl PositionClock for StepClock {
                 return Ok(Exit::Interrupted);
             }
             if until != Until::Breakpoint {
-                vcpu.debug(&leads_to_at_most(vcpu, entering)?)?;
+                vcpu.debug(&leads_to_at_most(vcpu)?)?;
             }
-            let before = vcpu.registers().rip;
+            let before = (vcpu.registers().rip, vcpu.to_enter()?);
             let exit = vcpu.run()?;
-            // A signal can come where the breakpoint is: then the instruction was executed all the same.
-            let stepped = exit == Exit::Trap || (exit == Exit::Interrupted && vcpu.registers().rip != before);
-            if stepped {
+            // A signal can come where the breakpoint is: then the instruction was executed, or the interrupt has entered, all the same.
+            let moved = || Ok::<_, Error>((vcpu.registers().rip, vcpu.to_enter()?) != before);
+            if exit == Exit::Trap || (exit == Exit::Interrupted && moved()?) {
                 self.progress += 1;
-                entering = None;
             }
             if exit != Exit::Trap || until == Until::Breakpoint {
                 return Ok(exit);

@@ -142,10 +142,9 @@ impl Execution {
         if let Some(impatience) = &mut self.impatience {
             impatience.prepare(&mut self.vcpu, self.exits)?;
         }
-        let mut entering = position::entering(&self.history);
         loop {
             let exit = match &mut self.clock {
-                Some(clock) => clock.run(&mut self.vcpu, Until::Exit, entering.take())?,
+                Some(clock) => clock.run(&mut self.vcpu, Until::Exit)?,
                 None => self.vcpu.run()?,
             };
             match exit {
@@ -162,7 +161,7 @@ impl Execution {
         let Some(impatience) = &mut self.impatience else {
             return Ok(false);
         };
-        if !impatience.is_over(self.exits)? {
+        if !impatience.is_over(self.exits)? || !self.is_at_a_place()? {
             return Ok(false);
         }
         let can_interrupt = self.vcpu.can_interrupt();
@@ -173,7 +172,18 @@ impl Execution {
         if !(arrived || can_enter) {
             return Ok(false);
         }
-        Ok(can_interrupt || self.windows || !impatience.retry()?)
+        let may_wait = |impatience: &mut Option<Impatience>| impatience.as_mut().map_or(Ok(false), Impatience::retry);
+        Ok(can_interrupt || self.windows || !may_wait(&mut self.impatience)?)
+    }
+
+    /// Whether the clock, if there is one, has a name for where the guest stands: another one than for the stop before, or a replay would take
+    /// the two for one; and no interrupt that was let in has still to enter.
+    fn is_at_a_place(&mut self) -> Result<bool, Error> {
+        let before = self.position.offset;
+        Ok(match &mut self.clock {
+            Some(clock) => clock.progress(&self.vcpu)? > before && self.vcpu.to_enter()?.is_none(),
+            None => true,
+        })
     }
 
     fn halt(&mut self) -> Result<Advance, Error> {
@@ -193,7 +203,6 @@ impl Execution {
         let clock = self.clock.as_deref_mut().ok_or_else(|| {
             Error::LogEnds("the log names places between exits, and this host has no counter for them".into())
         })?;
-        let entering = position::entering(&self.history);
         let digests = self.digests;
         let is_there = |registers: &kvm_regs| {
             registers.rip == stop.position.rip && registers.rcx == stop.position.rcx && {
@@ -202,7 +211,7 @@ impl Execution {
                 there.combined() == stop.digest
             }
         };
-        let missed = position::run_to(clock, &mut self.vcpu, stop.position.offset, entering, is_there)?;
+        let missed = position::run_to(clock, &mut self.vcpu, stop.position.offset, is_there)?;
         Ok(match missed {
             None | Some(Exit::Interrupted) => Advance::Named,
             Some(exit) => Advance::Exit(exit),

@@ -192,7 +192,7 @@ impl BranchCounter for PerfCounter {
         Ok(())
     }
 
-    fn run(&mut self, vcpu: &mut Vcpu, _until: Until, _entering: Option<u8>) -> Result<Exit, Error> {
+    fn run(&mut self, vcpu: &mut Vcpu, _until: Until) -> Result<Exit, Error> {
         let exit = vcpu.run()?;
         if exit == Exit::Interrupted {
             // One that came while another signal ended the run is not to end the next one.
