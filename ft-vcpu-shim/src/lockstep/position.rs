@@ -51,6 +51,11 @@ pub trait PositionClock: Debug {
     /// See [`PositionClock::restart`].
     fn progress(&mut self, vcpu: &Vcpu) -> Result<u32, Error>;
 
+    /// Whether its counts are names that a replay looks for.
+    fn names(&self) -> bool {
+        true
+    }
+
     /// More than an overflow is ever late.
     fn margin(&self) -> u32;
 
@@ -72,6 +77,10 @@ impl PositionClock for Unrecorded {
 
     fn progress(&mut self, _vcpu: &Vcpu) -> Result<u32, Error> {
         Ok(0)
+    }
+
+    fn names(&self) -> bool {
+        false
     }
 
     fn margin(&self) -> u32 {
