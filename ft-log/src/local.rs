@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use ft_client::{gate, handshake::Reply, region::Region, ring, shm::SharedMemory};
+use ft_client::{Counters, gate, handshake::Reply, region::Region, ring, shm::SharedMemory};
 use ft_protocol::ids::DeviceId;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use sha2::{Digest, Sha256};
@@ -26,6 +26,7 @@ struct DeviceParts {
     gate: SharedMemory,
     doorbell: EventFd,
     commit: EventFd,
+    counters: Counters,
 }
 
 /// The local side of one VM. Seats are numbered as the devices are; the shim's comes last.
@@ -70,6 +71,7 @@ impl Local {
                 gate: gate::create()?,
                 doorbell: event(EfdFlags::EFD_NONBLOCK)?,
                 commit: event(EfdFlags::EFD_NONBLOCK)?,
+                counters: Counters::create()?,
             })
         };
         Ok(Self {
@@ -130,6 +132,15 @@ impl Local {
         self.is_answered = true;
     }
 
+    /// Where each device counts, with its name.
+    #[must_use]
+    pub fn counters(&self) -> Vec<(String, Counters)> {
+        let devices = self.seats.iter().zip(&self.devices);
+        devices
+            .map(|(seat, parts)| (seat.name.clone(), parts.counters.clone()))
+            .collect()
+    }
+
     /// Names of those who have not joined yet.
     pub fn missing(&self) -> impl Iterator<Item = &str> {
         let empty = self.seats.iter().filter(|seat| seat.fingerprint.is_none());
@@ -170,6 +181,7 @@ impl Local {
         } else {
             let device = &self.devices[seat];
             descriptors.extend([device.gate.fd(), device.doorbell.as_fd(), device.commit.as_fd()]);
+            descriptors.extend(device.counters.fd());
         }
         (reply, descriptors)
     }

@@ -3,6 +3,7 @@
 use std::{os::fd::RawFd, str::FromStr};
 
 use clap::Parser;
+use ft_client::Counters;
 use ft_vhost::{
     conventions::Conventions,
     daemon::{self, Membership, Options, Signals},
@@ -138,9 +139,14 @@ fn run_alone(arguments: &Arguments, options: &Options, signals: Signals) -> Resu
     };
     info!(tap = %name, pairs = shape.pairs, features = format!("{:#x}", shape.features()), "the TAP is ready");
     let threads = arguments.io_threads.min(shape.queues());
+    let counters = Counters::own(shape.queues());
     let make = move || {
         let taps = taps.iter().map(Tap::try_clone).collect::<Result<_, _>>();
-        Ok(Nic::on(name.clone(), taps.map_err(End::environment)?, shape))
+        let nic = Nic::on(name.clone(), taps.map_err(End::environment)?, shape);
+        Ok(match threads {
+            1 => nic,
+            _ => nic.counting_in(counters.clone()),
+        })
     };
     daemon::serve(options, "vhost-ft-net", threads.into(), make, signals, || {
         Ok(fingerprint(mac))

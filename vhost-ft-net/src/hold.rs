@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use ft_client::Counters;
 use ft_protocol::{Committed, Held, Lsn};
 use ft_vhost::guest_side::net::Frame;
 
@@ -34,13 +35,15 @@ impl Hold {
         });
     }
 
-    /// Moves the frames that are committed to `into`, in order. A frame never overtakes one before it.
-    pub fn release(&mut self, committed: Committed, now_ns: u64, into: &mut Vec<Frame>) {
+    /// Moves the frames that are committed to `into`, in order. A frame never overtakes one before it. How long each waited is counted.
+    pub fn release(&mut self, committed: Committed, now_ns: u64, counters: &Counters, into: &mut Vec<Frame>) {
         while let Some(Waiting { frame, bytes, since_ns }) = self.waiting.pop_front() {
             match frame.release(committed) {
                 Ok(frame) => {
                     self.bytes -= bytes;
-                    self.times.record(now_ns.saturating_sub(since_ns) / 1000);
+                    let microseconds = now_ns.saturating_sub(since_ns) / 1000;
+                    self.times.record(microseconds);
+                    counters.released_after(microseconds);
                     into.push(frame);
                 }
                 Err(frame) => {
@@ -57,7 +60,13 @@ impl Hold {
         self.waiting.front().map(|waiting| waiting.frame.marker())
     }
 
-    /// Bytes held.
+    /// Frames held.
+    #[must_use]
+    pub fn frames(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Bytes held, with the header of each.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
@@ -80,15 +89,17 @@ mod tests {
         for (marker, byte) in [(5, 1), (5, 2), (9, 3)] {
             hold.push(Lsn(marker), Frame::new(&[byte; 60]), 1_000_000);
         }
+        let counters = Counters::own(2);
         let mut released = Vec::new();
-        hold.release(Committed::through(Lsn(4)), 2_000_000, &mut released);
+        hold.release(Committed::through(Lsn(4)), 2_000_000, &counters, &mut released);
         assert!(released.is_empty());
         assert_eq!(hold.first(), Some(Lsn(5)));
-        hold.release(Committed::through(Lsn(8)), 3_000_000, &mut released);
+        hold.release(Committed::through(Lsn(8)), 3_000_000, &counters, &mut released);
         assert_eq!(released, [Frame::new(&[1; 60]), Frame::new(&[2; 60])]);
         assert_eq!((hold.first(), hold.bytes()), (Some(Lsn(9)), 72));
-        hold.release(Committed::through(Lsn::MAX), 3_000_000, &mut released);
+        hold.release(Committed::through(Lsn::MAX), 3_000_000, &counters, &mut released);
         assert_eq!((hold.first(), hold.bytes(), hold.times().total()), (None, 0, 3));
         assert!(hold.times().buckets().all(|(upper, _)| upper > 2000));
+        assert_eq!(counters.hold_times()[11], (2048, 3));
     }
 }

@@ -5,6 +5,7 @@
 //!   ├ [hold]      frames that wait for their commit, and how long they did ─► [histogram]
 //!   ├ [overheard] what a backup's TAP heard before it went live
 //!   ├ [announce]  whose addresses the network must learn to find here
+//!   ├ [telling]   what it counted, as an event
 //!   └ [port]      one queue of the host's end, [tap]
 //! ```
 
@@ -16,3 +17,4 @@ pub mod nic;
 pub mod overheard;
 pub mod port;
 pub mod tap;
+pub mod telling;

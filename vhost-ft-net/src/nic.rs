@@ -9,6 +9,7 @@
 use std::{collections::VecDeque, io};
 
 use ft_client::{
+    counters::{Counters, Lost, OfDevice, OfQueue},
     crash,
     events::{Events, monotonic_ns},
 };
@@ -18,7 +19,7 @@ use ft_vhost::{
     exit::End,
     guest_side::{
         BOUNCE, GuestSide,
-        net::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, Frame, HEADER_BYTES, LENGTH_BYTES, NetGuestSide, RECEIVE, Shape},
+        net::{FRAME_BYTES_MAX, Frame, HEADER_BYTES, LENGTH_BYTES, NetGuestSide, RECEIVE, Shape},
     },
 };
 use serde_json::json;
@@ -30,6 +31,7 @@ use crate::{
     overheard::Overheard,
     port::Port,
     tap::{Tap, TapName},
+    telling::Teller,
 };
 
 /// Held bytes beyond which no further kick is answered: the guest stops.
@@ -72,7 +74,9 @@ pub struct Nic {
     frames: Vec<Frame>,
     received: Box<[u8]>,
     spare: Vec<Vec<u8>>,
-    unsent: u64,
+    /// That the TAP takes no frames was said.
+    said_unsent: bool,
+    teller: Teller,
     hold_reported: u64,
     hold_report_due_ns: u64,
 }
@@ -102,10 +106,19 @@ impl Nic {
             frames: Vec::new(),
             received: vec![0; HEADER_BYTES + FRAME_BYTES_MAX].into_boxed_slice(),
             spare: Vec::new(),
-            unsent: 0,
+            said_unsent: false,
+            teller: Teller::default(),
             hold_reported: 0,
             hold_report_due_ns: 0,
         }
+    }
+
+    /// The same, one thread of several that count together.
+    #[must_use]
+    pub fn counting_in(mut self, counters: Counters) -> Self {
+        self.guest.count_in(counters);
+        self.teller.set_watchful();
+        self
     }
 
     fn is_free(&self) -> bool {
@@ -120,7 +133,7 @@ impl Nic {
         for (pair, port) in self.ports.iter_mut().enumerate() {
             let runs = self.guest.is_configured(2 * pair as u16);
             if runs != port.is_attached() {
-                port.set_attached(runs, io).map_err(|error| {
+                port.set_attached(runs, self.guest.counters(), io).map_err(|error| {
                     End::environment(format!("a queue of TAP '{}' is gone: {error}", self.tap_name))
                 })?;
                 let state = if runs { "attached" } else { "detached" };
@@ -136,17 +149,18 @@ impl Nic {
         };
         if let Err(error) = port.send(frame.with_header()) {
             // As on any wire: lost, counted, and said once.
-            if self.unsent == 0 {
+            let queue = 2 * frame.pair() as u16 + 1;
+            self.guest.counters().lose(queue, Lost::Interface, 1);
+            if !std::mem::replace(&mut self.said_unsent, true) {
                 warn!(%error, "the TAP takes no frames");
             }
-            self.unsent += 1;
         }
     }
 
     fn announce_addresses(&mut self) {
-        for frame in self.addresses.announcements(self.mac) {
-            self.send(&frame);
-        }
+        let frames = self.addresses.announcements(self.mac);
+        frames.iter().for_each(|frame| self.send(frame));
+        self.guest.counters().count(OfDevice::Announced, frames.len() as u64);
     }
 
     fn keep(&mut self, frame: Frame, now_ns: u64) {
@@ -157,20 +171,14 @@ impl Nic {
         }
         let since_ns = now_ns;
         self.kept.push_back(Kept { frame, since_ns });
+        self.guest.counters().count(OfDevice::Kept, 1);
     }
 
     /// Reads one frame; `None`, and a poll for the next, if there is none.
     fn receive(&mut self, io: &mut Uring) -> io::Result<Option<usize>> {
-        let Some(port) = self.ports.first_mut() else {
-            return Ok(None);
-        };
-        loop {
-            let Some(bytes) = port.receive(&mut self.received, io)? else {
-                return Ok(None);
-            };
-            if bytes >= HEADER_BYTES + FRAME_BYTES_MIN {
-                return Ok(Some(bytes));
-            }
+        match self.ports.first_mut() {
+            Some(port) => port.receive(&mut self.received, self.guest.counters(), io),
+            None => Ok(None),
         }
     }
 
@@ -197,7 +205,11 @@ impl Nic {
                 continue;
             }
             let mut frames = 0;
-            while frames < BATCH_FRAMES_MAX && payload.len() < BATCH_BYTES_MAX && port.receive_onto(payload, io)? {
+            let counters = self.guest.counters();
+            while frames < BATCH_FRAMES_MAX
+                && payload.len() < BATCH_BYTES_MAX
+                && port.receive_onto(payload, counters, io)?
+            {
                 frames += 1;
             }
             if frames != 0 {
@@ -211,6 +223,7 @@ impl Nic {
     fn overhear(&mut self, io: &mut Uring) -> io::Result<()> {
         while let Some(bytes) = self.receive(io)? {
             self.overheard.note(&self.received[HEADER_BYTES..bytes], monotonic_ns());
+            self.guest.counters().count(OfDevice::Overheard, 1);
         }
         Ok(())
     }
@@ -246,6 +259,7 @@ impl Device for Nic {
         if self.guest.is_configured(RECEIVE) {
             info!("the guest came from elsewhere: announced");
             self.send(&announce::rarp(mac));
+            self.guest.counters().count(OfDevice::Announced, 1);
         }
     }
 
@@ -258,12 +272,23 @@ impl Device for Nic {
         }
     }
 
+    fn count_in(&mut self, counters: Counters) {
+        counters.begin(self.guest.shape().queues());
+        self.guest.count_in(counters);
+    }
+
+    fn kicked(&mut self, queue: u16) {
+        self.guest.counters().add(queue, OfQueue::Kicks, 1);
+        self.teller.note();
+    }
+
     fn start(&mut self, life: Life, io: &mut Uring) -> Result<(), End> {
         self.life = life;
         if !self.is_free() {
             let tap = Tap::open(&self.tap_name).map_err(End::environment)?;
             let mut port = Port::new(0, tap);
-            port.set_attached(true, io).map_err(|error| self.tap_gone(&error))?;
+            port.set_attached(true, self.guest.counters(), io)
+                .map_err(|error| self.tap_gone(&error))?;
             self.ports = vec![port];
             info!(tap = %self.tap_name, "attached");
         }
@@ -275,6 +300,7 @@ impl Device for Nic {
         let now_ns = monotonic_ns();
         let mut frames = std::mem::take(&mut self.frames);
         self.guest.take_frames(&mut frames);
+        let held_before = self.hold.frames();
         for frame in frames.drain(..) {
             self.addresses.note(frame.ethernet());
             match (self.life, marker) {
@@ -287,6 +313,11 @@ impl Device for Nic {
             }
         }
         self.frames = frames;
+        let held = self.hold.frames() - held_before;
+        if held != 0 {
+            self.guest.counters().count(OfDevice::Held, held as u64);
+            self.guest.counters().set_held_bytes(self.hold.bytes() as u64);
+        }
         Ok(())
     }
 
@@ -295,6 +326,7 @@ impl Device for Nic {
         if let Some(port) = self.ports.iter_mut().find(|port| port.is_token(completion.token)) {
             port.polled();
         }
+        self.teller.note();
         if self.life == Life::Follows {
             self.overhear(io).map_err(|error| self.tap_gone(&error))?;
         }
@@ -357,6 +389,7 @@ impl Device for Nic {
             }
             self.guest.recycle(frame);
         }
+        self.guest.counters().count(OfDevice::SentAgain, again);
         info!(again, "announced; the last frames are sent again");
         events.emit("announced", json!({ "sent_again": again }));
         Ok(())
@@ -364,8 +397,13 @@ impl Device for Nic {
 
     fn release(&mut self, committed: Committed) -> Result<Option<Lsn>, End> {
         let mut frames = std::mem::take(&mut self.frames);
-        self.hold.release(committed, monotonic_ns(), &mut frames);
+        self.hold
+            .release(committed, monotonic_ns(), self.guest.counters(), &mut frames);
         if !frames.is_empty() {
+            let counters = self.guest.counters();
+            counters.count(OfDevice::Released, frames.len() as u64);
+            counters.set_held_bytes(self.hold.bytes() as u64);
+            self.teller.note();
             crash::point("net.release.before");
             for frame in frames.drain(..) {
                 self.send(&frame);
@@ -403,7 +441,16 @@ impl Device for Nic {
                 report_due = Some(self.hold_report_due_ns);
             }
         }
-        let next = [self.repeats.next(), report_due];
+        let tell_due = self.teller.tick(now_ns, self.guest.counters(), events);
+        let next = [self.repeats.next(), report_due, tell_due];
         Ok(next.into_iter().flatten().min())
+    }
+
+    fn ended(&mut self, events: &mut Events) {
+        // What is held leaves never.
+        let counters = self.guest.counters();
+        counters.count(OfDevice::Discarded, self.hold.frames() as u64);
+        counters.set_held_bytes(0);
+        self.teller.tell(counters, events);
     }
 }

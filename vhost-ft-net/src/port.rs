@@ -2,6 +2,7 @@
 
 use std::{io, os::fd::AsRawFd};
 
+use ft_client::counters::{Counters, Lost};
 use ft_vhost::{
     device::Uring,
     guest_side::net::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES, LENGTH_BYTES},
@@ -18,6 +19,8 @@ const OLD_FRAMES_MAX: usize = 1 << 16;
 #[derive(Debug)]
 pub struct Port {
     tap: Tap,
+    /// The queue of the device that receives what comes here.
+    queue: u16,
     token: u64,
     attached: bool,
     readable: bool,
@@ -28,10 +31,11 @@ pub struct Port {
 impl Port {
     /// The queue of a pair.
     #[must_use]
-    pub fn new(pair: u64, tap: Tap) -> Self {
+    pub fn new(pair: u16, tap: Tap) -> Self {
         Self {
             tap,
-            token: TOKEN_TAP + pair,
+            queue: 2 * pair,
+            token: TOKEN_TAP + u64::from(pair),
             attached: false,
             readable: false,
             polling: false,
@@ -60,7 +64,7 @@ impl Port {
     ///
     /// # Errors
     /// As ioctl(2) and read(2).
-    pub fn set_attached(&mut self, attached: bool, io: &mut Uring) -> io::Result<()> {
+    pub fn set_attached(&mut self, attached: bool, counters: &Counters, io: &mut Uring) -> io::Result<()> {
         self.tap.set_attached(attached)?;
         self.attached = attached;
         self.readable = false;
@@ -70,6 +74,7 @@ impl Port {
                 if self.tap.receive(&mut old)?.is_none() {
                     break;
                 }
+                counters.lose(self.queue, Lost::Stale, 1);
             }
             self.arm(io);
         }
@@ -102,24 +107,27 @@ impl Port {
         self.tap.set_offloads(features)
     }
 
-    /// Reads one frame with its header; `None`, and a poll for the next, if there is none.
+    /// Reads one frame with its header; `None`, and a poll for the next, if there is none. Runts are lost here.
     ///
     /// # Errors
     /// As read(2).
-    pub fn receive(&mut self, buffer: &mut [u8], io: &mut Uring) -> io::Result<Option<usize>> {
-        let received = self.tap.receive(buffer)?;
-        if received.is_none() {
-            self.readable = false;
-            self.arm(io);
+    pub fn receive(&mut self, buffer: &mut [u8], counters: &Counters, io: &mut Uring) -> io::Result<Option<usize>> {
+        while let Some(bytes) = self.tap.receive(buffer)? {
+            if bytes >= HEADER_BYTES + FRAME_BYTES_MIN {
+                return Ok(Some(bytes));
+            }
+            counters.lose(self.queue, Lost::Runt, 1);
         }
-        Ok(received)
+        self.readable = false;
+        self.arm(io);
+        Ok(None)
     }
 
-    /// Appends one frame with its header and length to a payload; `false`, and a poll for the next, if there is none.
+    /// Appends one frame with its header and length to a payload; `false`, and a poll for the next, if there is none. Runts are lost here.
     ///
     /// # Errors
     /// As read(2).
-    pub fn receive_onto(&mut self, payload: &mut Vec<u8>, io: &mut Uring) -> io::Result<bool> {
+    pub fn receive_onto(&mut self, payload: &mut Vec<u8>, counters: &Counters, io: &mut Uring) -> io::Result<bool> {
         let start = payload.len();
         loop {
             payload.extend_from_slice(&[0; LENGTH_BYTES]);
@@ -133,6 +141,7 @@ impl Port {
                 payload[start..start + LENGTH_BYTES].copy_from_slice(&(bytes as u32).to_le_bytes());
                 return Ok(true);
             }
+            counters.lose(self.queue, Lost::Runt, 1);
             payload.truncate(start);
         }
     }
@@ -143,5 +152,65 @@ impl Port {
     /// As write(2).
     pub fn send(&mut self, frame: &[u8]) -> io::Result<()> {
         self.tap.send(frame)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        os::{fd::OwnedFd, unix::net::UnixDatagram},
+    };
+
+    use super::*;
+
+    /// A port, the far end of what it reads, and what it counts.
+    fn port() -> (Port, UnixDatagram, Counters) {
+        let (near, far) = UnixDatagram::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let tap = Tap::from(File::from(OwnedFd::from(near)));
+        (Port::new(1, tap), far, Counters::own(4))
+    }
+
+    fn lost(counters: &Counters) -> [u64; 2] {
+        [Lost::Stale, Lost::Runt].map(|why| counters.lost(2, why))
+    }
+
+    #[test]
+    fn what_was_there_before_the_start_is_lost_and_counted() {
+        let (mut port, far, counters) = port();
+        let mut io = Uring::new().unwrap();
+        for _ in 0..3 {
+            far.send(&[1; 100]).unwrap();
+        }
+        port.set_attached(true, &counters, &mut io).unwrap();
+        assert_eq!(lost(&counters), [3, 0]);
+        far.send(&[2; 100]).unwrap();
+        let mut payload = Vec::new();
+        assert!(port.receive_onto(&mut payload, &counters, &mut io).unwrap());
+        assert_eq!((payload.len(), lost(&counters)), (104, [3, 0]));
+    }
+
+    #[test]
+    fn runts_are_lost_and_counted_either_way() {
+        let (mut port, far, counters) = port();
+        let mut io = Uring::new().unwrap();
+        port.set_attached(true, &counters, &mut io).unwrap();
+        let shortest = HEADER_BYTES + FRAME_BYTES_MIN;
+        for bytes in [shortest - 1, shortest, 1] {
+            far.send(&vec![7; bytes]).unwrap();
+        }
+        let mut payload = Vec::new();
+        assert!(port.receive_onto(&mut payload, &counters, &mut io).unwrap());
+        assert_eq!((payload.len(), lost(&counters)), (LENGTH_BYTES + shortest, [0, 1]));
+        assert!(!port.receive_onto(&mut payload, &counters, &mut io).unwrap());
+        assert_eq!((payload.len(), lost(&counters)), (LENGTH_BYTES + shortest, [0, 2]));
+        for bytes in [shortest - 1, shortest] {
+            far.send(&vec![7; bytes]).unwrap();
+        }
+        let mut buffer = [0; 100];
+        let received = port.receive(&mut buffer, &counters, &mut io).unwrap();
+        assert_eq!((received, lost(&counters)), (Some(shortest), [0, 3]));
+        assert_eq!(port.receive(&mut buffer, &counters, &mut io).unwrap(), None);
     }
 }

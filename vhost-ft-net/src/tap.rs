@@ -179,6 +179,14 @@ pub struct Tap {
     many: bool,
 }
 
+#[cfg(test)]
+impl From<File> for Tap {
+    /// Something else that gives and takes frames.
+    fn from(file: File) -> Self {
+        Self { file, many: false }
+    }
+}
+
 /// What of the header a TAP understands, and the features with which a driver takes and gives it.
 const OFFLOADS: [(libc::c_uint, &[u32], &[u32]); 6] = [
     (libc::TUN_F_CSUM, &[VIRTIO_NET_F_GUEST_CSUM], &[VIRTIO_NET_F_CSUM]),

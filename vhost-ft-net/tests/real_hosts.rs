@@ -18,7 +18,10 @@ use std::{
     time::Duration,
 };
 
-use ft_client::gate::{Answer, Request};
+use ft_client::{
+    counters::{OfDevice, OfQueue},
+    gate::{Answer, Request},
+};
 use ft_protocol::{Generation, Lsn, Role};
 use ft_vhost::guest_side::dirty::GuestMemoryMmap;
 use support::{
@@ -157,11 +160,13 @@ fn alone_frames_pass_both_ways() {
     nic.add_receive(4);
     session.kick(RECEIVE);
     host.wire.wait_for_link(TAP);
+    let mut kicks = [1, 0];
     for round in 0..100 {
         let (out, back) = (frame(round, 100), frame(round + 1000, 1400));
         nic.send(&out);
         if nic.transmit.wants_kick() {
             session.kick(TRANSMIT);
+            kicks[TRANSMIT] += 1;
         }
         assert_eq!(host.wire.receive(), out);
         session.wait_call(TRANSMIT);
@@ -177,10 +182,26 @@ fn alone_frames_pass_both_ways() {
         nic.add_receive(1);
         if nic.receive.wants_kick() {
             session.kick(RECEIVE);
+            kicks[RECEIVE] += 1;
         }
     }
     daemon.terminate();
     assert_eq!(daemon.wait().0, Some(0));
+    // What the device tells at its end is all that happened.
+    let told = host.events("counters").pop().unwrap();
+    for (queue, bytes) in [(RECEIVE, 140_000), (TRANSMIT, 10_000)] {
+        let of_queue = &told["queues"][queue];
+        for (what, count) in [
+            ("frames", 100),
+            ("bytes", bytes),
+            ("used_buffers", 100),
+            ("kicks", kicks[queue]),
+        ] {
+            assert_eq!(of_queue[what], count, "{what} of {queue} in {told}");
+        }
+        assert_eq!(of_queue["lost"], serde_json::json!({}));
+    }
+    assert_eq!((&told["held"], &told["announced"]), (&0.into(), &0.into()));
 }
 
 #[test]
@@ -227,6 +248,14 @@ fn a_held_frame_is_not_on_the_wire_before_its_commit() {
         assert!(kick(&mut joined, TRANSMIT, marker).interrupt);
         assert!(nic.transmit.take_used().is_some() && nic.transmit.take_used().is_some());
     }
+    let counters = joined.counters.clone();
+    let held = || {
+        let all = [OfDevice::Held, OfDevice::Released, OfDevice::Discarded];
+        all.map(|what| counters.of_device(what))
+    };
+    let bytes = || [OfDevice::HeldBytes, OfDevice::HeldBytesMax].map(|what| counters.of_device(what));
+    assert_eq!((held(), bytes()), ([6, 0, 0], [6 * 312; 2]));
+    assert_eq!(counters.of_queue(1, OfQueue::Kicks), 3);
     assert!(!host.wire.anything_within(A_WHILE));
     joined.commit(9);
     assert!(!host.wire.anything_within(A_WHILE));
@@ -235,6 +264,14 @@ fn a_held_frame_is_not_on_the_wire_before_its_commit() {
     assert!(!host.wire.anything_within(A_WHILE));
     joined.commit(30);
     assert_eq!([(); 4].map(|()| host.wire.receive()), frames[2..]);
+    assert_eq!((held(), bytes()), ([6, 6, 0], [0, 6 * 312]));
+    let times = counters.hold_times();
+    assert_eq!(times.iter().map(|(_, frames)| frames).sum::<u64>(), 6);
+    // All but the first two were held during two looks at the wire that found nothing.
+    let long = times
+        .iter()
+        .filter(|(upper, _)| u128::from(*upper) > A_WHILE.as_micros());
+    assert!(long.map(|(_, frames)| frames).sum::<u64>() >= 4, "{times:?}");
     // Committed already: it leaves at once.
     nic.send(&frames[0]);
     kick(&mut joined, TRANSMIT, 30);
@@ -248,6 +285,8 @@ fn a_held_frame_is_not_on_the_wire_before_its_commit() {
     joined.publish(Role::Halted);
     assert_eq!(daemon.wait().0, Some(4));
     assert!(!host.wire.anything_within(A_WHILE));
+    assert_eq!((held(), bytes()), ([8, 7, 1], [0, 6 * 312]));
+    assert_eq!(host.events("counters").last().unwrap()["discarded"], 1);
     let counted: u64 = host.events("hold").last().unwrap()["buckets"]
         .as_array()
         .unwrap()
@@ -289,6 +328,28 @@ fn received_frames_are_logged_and_reach_the_guest_when_delivered() {
         before = buffers(&nic);
     }
     assert_eq!(received, sent);
+    let counted = [
+        OfQueue::Frames,
+        OfQueue::Bytes,
+        OfQueue::UsedBuffers,
+        OfQueue::InterruptsRaised,
+    ];
+    let counted = counted.map(|what| joined.counters.of_queue(0, what));
+    assert_eq!(counted, [5, 2500, 5, inputs]);
+}
+
+#[test]
+fn a_backup_counts_what_it_hears() {
+    let host = Host::new();
+    let (_daemon, joined, ..) = host.joined(false);
+    host.wire.wait_for_link(TAP);
+    (0..3).for_each(|number| host.wire.send(&frame(number, 100)));
+    let deadline = std::time::Instant::now() + support::frontend::PATIENCE;
+    while joined.counters.of_device(OfDevice::Overheard) != 3 {
+        assert!(std::time::Instant::now() < deadline, "nothing is heard");
+        std::thread::yield_now();
+    }
+    assert_eq!(joined.counters.of_queue(0, OfQueue::Frames), 0);
 }
 
 #[test]
@@ -314,6 +375,12 @@ fn a_backup_sends_nothing_until_it_goes_live_and_then_announces_itself() {
     assert_eq!(nic.take_received(), Some(from_log));
     joined.commit(u64::MAX);
     assert!(!host.wire.anything_within(A_WHILE));
+    let counters = joined.counters.clone();
+    let counted = || {
+        let all = [OfDevice::Kept, OfDevice::SentAgain, OfDevice::Announced, OfDevice::Held];
+        all.map(|what| counters.of_device(what))
+    };
+    assert_eq!(counted(), [3, 0, 0, 0]);
 
     joined.region.publish(Role::Live, Generation(2), Lsn(0));
     let generation = Generation(2);
@@ -323,6 +390,9 @@ fn a_backup_sends_nothing_until_it_goes_live_and_then_announces_itself() {
     assert_eq!(host.wire.receive()[12..14], [0x80, 0x35]);
     assert_eq!([(); 3].map(|()| host.wire.receive()), last[..]);
     assert_eq!(host.events("announced").len(), 1);
+    let [kept, again, announced, held] = counted();
+    assert_eq!([kept, again, held], [3, 3, 0]);
+    assert!(announced >= 2);
     // Twice more, a little later.
     for _ in 0..2 {
         assert_eq!(host.wire.receive(), arp);

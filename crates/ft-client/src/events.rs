@@ -54,6 +54,12 @@ impl Events {
         Self { vm, ..self }
     }
 
+    /// Whether there is a file.
+    #[must_use]
+    pub fn are_told(&self) -> bool {
+        self.file.is_some()
+    }
+
     /// Appends `{"t_ns", "source", "vm", "event", ...fields}`; `fields` must be a JSON object. A full disk loses events, never the VM.
     pub fn emit(&mut self, event: &str, fields: Value) {
         let Some(file) = &mut self.file else { return };

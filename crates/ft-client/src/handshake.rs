@@ -3,7 +3,7 @@
 //! ```text
 //! client ► {"version":1,"vm":"ledger","client":{"device":"blk0"},"fingerprint":"..."}
 //! ft-log ◄ {"welcome":{"device":0,"devices":["blk0","net0"]}}   + region, ring, doorbell, then
-//!            for a device: gate, gate doorbell, commit event
+//!            for a device: gate, gate doorbell, commit event, counters
 //!            for the shim: replay ring, then gate and gate doorbell of each device
 //! ft-log ◄ {"refused":"..."}
 //! client ► {"failed":"..."} at any later time: this replica is over
@@ -32,6 +32,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
+    counters::Counters,
     gate::{DeviceGate, ShimGate},
     log::LogWriter,
     region::Region,
@@ -138,6 +139,8 @@ pub struct DeviceSession {
     pub gate: DeviceGate,
     /// Rung when what [`Region::want_commit`] asked for is committed, and on every change of role.
     pub commit_event: EventFd,
+    /// Where ft-log shows what this device counts.
+    pub counters: Counters,
     /// This device's number.
     pub device: DeviceId,
 }
@@ -220,6 +223,7 @@ pub fn join_device(path: &Path, vm: &str, device: &str, fingerprint: &[u8; 32]) 
     Ok(DeviceSession {
         gate: DeviceGate::new(gate, doorbell, Arc::clone(&joined.region))?,
         commit_event: event(take(&mut joined.rest)?),
+        counters: Counters::open(take(&mut joined.rest)?)?,
         stream: joined.stream,
         region: joined.region,
         log: joined.log,

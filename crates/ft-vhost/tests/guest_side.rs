@@ -2,6 +2,7 @@
 
 mod support;
 
+use ft_client::counters::Lost;
 use ft_vhost::guest_side::{
     GuestSide, QueueSetup, RingError,
     blk::{BlkGuestSide, Geometry, Kind, REQUEST_BYTES_MAX, completion_header, completions},
@@ -288,7 +289,8 @@ fn transmitted_frames_come_out_without_their_header_and_are_completed_at_once() 
             assert_eq!(frame.with_header()[..12], [0; 12]);
         }
         assert_eq!(std::iter::from_fn(|| transmit.take_used()).count(), 5);
-        assert_eq!(side.dropped().impossible_length, 2);
+        let lost = [Lost::TooShort, Lost::TooLong].map(|why| side.counters().lost(TRANSMIT, why));
+        assert_eq!(lost, [1, 1]);
     }
 }
 
@@ -299,14 +301,15 @@ fn frames_wait_for_buffers_and_the_oldest_makes_room() {
         .map(|number| vec![number as u8; 60])
         .collect();
     assert!(!side.deliver(1, RECEIVE, &frames_payload(&sent)).unwrap().interrupt);
-    assert_eq!(side.dropped().no_buffers, 10);
+    assert_eq!(side.counters().lost(RECEIVE, Lost::NoBuffers), 10);
     receive.add(&[writable(1 << 20, 50)]);
     receive.add(&[writable(2 << 20, 2000)]);
     assert!(receive.wants_kick(), "the device waits for buffers");
     assert!(!side.kick(RECEIVE).unwrap().interrupt);
     // The first buffer was too small for any: each frame that met it was dropped, and it is still there.
     assert_eq!(receive.take_used(), None);
-    assert_eq!(side.dropped().buffer_too_small, WAITING_FRAMES_MAX as u64);
+    let too_large = side.counters().lost(RECEIVE, Lost::TooLarge);
+    assert_eq!(too_large, WAITING_FRAMES_MAX as u64);
 
     let (mut side, mut receive, _) = net(true);
     side.deliver(1, RECEIVE, &frames_payload(&sent)).unwrap();
@@ -322,7 +325,7 @@ fn a_guest_without_a_driver_hears_nothing() {
     let mut side = NetGuestSide::new([2, 0, 0, 0, 0, 1]);
     let payload = frames_payload(&[vec![1; 60], vec![2; 60]]);
     assert!(!side.deliver(1, RECEIVE, &payload).unwrap().interrupt);
-    assert_eq!(side.dropped().no_driver, 2);
+    assert_eq!(side.counters().lost(RECEIVE, Lost::NoDriver), 2);
     assert_eq!(side.kick(RECEIVE), Ok(ft_vhost::guest_side::Outcome::default()));
     assert_eq!(side.kick(2), Err(RingError::NoQueue(2)));
 }

@@ -2,6 +2,7 @@
 
 mod support;
 
+use ft_client::counters::{Lost, OfQueue};
 use ft_vhost::guest_side::{
     GuestSide, RingError,
     net::{Frame, NetGuestSide, RECEIVE, Shape, TRANSMIT},
@@ -53,6 +54,23 @@ impl World {
         driver.write(at, header);
         driver.write(at + header.len() as u64, frame);
         driver.add(&[readable(at, (header.len() + frame.len()) as u32)]);
+    }
+
+    /// Frames of a queue that were lost, by the reasons that there were.
+    fn lost(&self, queue: u16) -> Vec<(&'static str, u64)> {
+        let all = Lost::of(queue)
+            .iter()
+            .map(|(why, name)| (*name, self.side.counters().lost(queue, *why)));
+        all.filter(|(_, frames)| *frames != 0).collect()
+    }
+
+    /// Frames, bytes, interrupts that were wanted and not, updates of the used index, used buffers. Kicks are the loop's.
+    fn counted(&self, queue: u16) -> [u64; 6] {
+        let counts = OfQueue::ALL.map(|(what, ..)| self.side.counters().of_queue(queue, what));
+        let [frames, bytes, 0, raised, suppressed, batches, buffers] = counts else {
+            panic!("{counts:?}")
+        };
+        [frames, bytes, raised, suppressed, batches, buffers]
     }
 
     fn sent(&mut self) -> Vec<Frame> {
@@ -138,7 +156,7 @@ fn a_frame_for_which_the_whole_ring_is_too_small_is_dropped() {
     }
     let (long, short) = (packet(&[7; 2000]), packet(&[8; 20]));
     world.side.deliver(1, RECEIVE, &payload(&[&long, &short])).unwrap();
-    assert_eq!(world.side.dropped().buffer_too_small, 1);
+    assert_eq!(world.lost(RECEIVE), [("too_large", 1)]);
     assert_eq!(world.drivers[0].take_used(), Some((0, 20)));
     assert_eq!(world.drivers[0].take_used(), Some((1, 12)));
 }
@@ -149,7 +167,7 @@ fn without_mergeable_buffers_a_frame_has_one_chain() {
     world.drivers[0].add(&[buffer(0, 60)]);
     let (long, short) = (packet(&[7; 100]), packet(&[8; 48]));
     world.side.deliver(1, RECEIVE, &payload(&[&long, &short])).unwrap();
-    assert_eq!(world.side.dropped().buffer_too_small, 1);
+    assert_eq!(world.lost(RECEIVE), [("too_large", 1)]);
     assert_eq!(world.drivers[0].take_used(), Some((0, 60)));
 }
 
@@ -181,8 +199,10 @@ fn what_a_frame_contradicts_is_completed_and_not_sent() {
     let sent = world.sent();
     assert_eq!(sent.len(), 1);
     assert_eq!(sent[0].ethernet(), [3; 60]);
-    let dropped = world.side.dropped();
-    assert_eq!((dropped.lies, dropped.impossible_length), (2, 2));
+    assert_eq!(
+        world.lost(TRANSMIT),
+        [("too_short", 2), ("not_negotiated", 1), ("checksum", 1)]
+    );
     assert_eq!(std::iter::from_fn(|| world.drivers[1].take_used()).count(), 5);
 }
 
@@ -214,6 +234,85 @@ fn each_pair_has_its_own_frames_and_its_own_end() {
     assert!(world.side.kick(5).unwrap().found);
     assert_eq!(world.side.kick(6), Err(RingError::NoQueue(6)));
     assert_eq!(world.side.deliver(1, 3, &[]), Err(RingError::NoQueue(3)));
+}
+
+#[test]
+fn each_count_moves_when_its_thing_happens_and_no_other() {
+    let mut world = World::new(2, VERSION_1 | MRG_RXBUF | CSUM, true);
+    let nothing = [0; 6];
+    // Two frames of 60 and one of 100, by one kick: the driver hears once.
+    for length in [60, 60, 100] {
+        world.send(3, &[0; 12], &vec![1; length]);
+    }
+    world.side.kick(3).unwrap();
+    assert_eq!(world.counted(3), [3, 220, 1, 0, 3, 3]);
+    // Nothing there: nothing is counted.
+    world.side.kick(3).unwrap();
+    assert_eq!(world.counted(3), [3, 220, 1, 0, 3, 3]);
+    // The driver has not looked since: it wants no interrupt. A frame that is refused is a used buffer all the same.
+    world.send(3, &[0; 12], &[1; 60]);
+    world.send(3, &[0; 12], &[1; 13]);
+    world.side.kick(3).unwrap();
+    assert_eq!(world.counted(3), [4, 280, 1, 1, 5, 5]);
+    assert_eq!(world.lost(3), [("too_short", 1)]);
+    assert_eq!([0, 1, 2].map(|queue| world.counted(queue)), [nothing; 3]);
+
+    // One frame in three buffers: one update of the index.
+    for number in 0..4 {
+        world.drivers[2].add(&[buffer(number, 40)]);
+    }
+    let long = packet(&[7; 100]);
+    world.side.deliver(1, 2, &payload(&[&long])).unwrap();
+    assert_eq!(world.counted(2), [1, 100, 1, 0, 1, 3]);
+    // It waits, which is no arrival; then the queue stops.
+    world.side.deliver(2, 2, &payload(&[&long, &long])).unwrap();
+    assert_eq!(world.counted(2), [1, 100, 1, 0, 1, 3]);
+    assert_eq!(world.lost(2), []);
+    world.side.stop_queue(2);
+    assert_eq!(world.lost(2), [("stopped", 2)]);
+    world.side.deliver(3, 2, &payload(&[&long])).unwrap();
+    assert_eq!(world.lost(2), [("no_driver", 1), ("stopped", 2)]);
+    assert_eq!(world.counted(2), [1, 100, 1, 0, 1, 3]);
+    assert_eq!([0, 1].map(|queue| world.counted(queue)), [nothing; 2]);
+    assert_eq!([0, 1].map(|queue| world.lost(queue)), [vec![], vec![]]);
+}
+
+#[test]
+fn a_frame_is_refused_for_its_own_reason() {
+    const TSO4: u64 = 1 << 11;
+    let tcp = || {
+        let mut frame = vec![0; 14 + 20 + 20 + 400];
+        frame[12..14].copy_from_slice(&[8, 0]);
+        frame[14] = 0x45;
+        frame[23] = 6;
+        frame[34 + 12] = 5 << 4;
+        frame
+    };
+    let honest = [1, 1, 54, 0, 100, 0, 34, 0, 16, 0, 0, 0];
+    type Change = fn(&mut [u8; 12], &mut Vec<u8>);
+    let lies: [(&str, Change); 7] = [
+        ("too_short", |_, frame| frame.truncate(13)),
+        ("too_long", |_, frame| frame.resize(65_536 + 18, 0)),
+        ("not_negotiated", |header, _| header[1] = 4),
+        ("checksum", |header, _| header[6..8].fill(0xff)),
+        ("gso_kind", |header, _| header[1] = 2),
+        ("gso_size", |header, _| header[4] = 7),
+        ("gso_protocol", |_, frame| frame[23] = 17),
+    ];
+    for (number, (reason, lie)) in lies.into_iter().enumerate() {
+        let mut world = World::new(1, VERSION_1 | CSUM | TSO4, true);
+        let (mut header, mut frame) = (honest, tcp());
+        lie(&mut header, &mut frame);
+        world.send(TRANSMIT, &header, &frame);
+        world.side.kick(TRANSMIT).unwrap();
+        assert_eq!(world.lost(TRANSMIT), [(reason, 1)], "{number}");
+        assert_eq!(world.counted(TRANSMIT), [0, 0, 1, 0, 1, 1]);
+        assert_eq!(world.sent(), []);
+    }
+    let mut world = World::new(1, VERSION_1 | CSUM | TSO4, true);
+    world.send(TRANSMIT, &honest, &tcp());
+    world.side.kick(TRANSMIT).unwrap();
+    assert_eq!((world.lost(TRANSMIT), world.sent().len()), (vec![], 1));
 }
 
 #[test]

@@ -9,7 +9,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::shared::{Figures, JournalState, ROLES, Shared};
+use super::{
+    devices,
+    shared::{Figures, JournalState, ROLES, Shared},
+};
 
 /// Where metrics are served.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,7 +148,7 @@ impl Collector for Source {
                 metric.encode(family.encode_family(&[("vm", name(vm))])?)?;
             }
         }
-        Ok(())
+        devices::encode(&self.0, &mut encoder)
     }
 }
 

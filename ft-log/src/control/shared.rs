@@ -13,7 +13,7 @@ use std::{
     },
 };
 
-use ft_client::events::monotonic_ns;
+use ft_client::{Counters, events::monotonic_ns};
 use ft_protocol::Role;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde_json::{Value, json};
@@ -156,6 +156,8 @@ pub struct Shared {
     numbers: [AtomicU64; NUMBERS],
     is_up: AtomicBool,
     ended: OnceLock<Ended>,
+    /// Of each device, with its name.
+    counters: OnceLock<Vec<(String, Counters)>>,
     rotate: AtomicBool,
     /// 0, or 1 + [`StoppedBy`].
     stop: AtomicU8,
@@ -185,6 +187,7 @@ impl Shared {
             numbers: Default::default(),
             is_up: AtomicBool::new(false),
             ended: OnceLock::new(),
+            counters: OnceLock::new(),
             rotate: AtomicBool::new(false),
             stop: AtomicU8::new(0),
             bell: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
@@ -198,6 +201,15 @@ impl Shared {
 
     pub(crate) fn is_up(&self) -> bool {
         self.is_up.load(Relaxed)
+    }
+
+    /// Where its devices count. They are shown as long as the process runs, also of a VM that is over.
+    pub(crate) fn set_counters(&self, counters: Vec<(String, Counters)>) {
+        let _ = self.counters.set(counters);
+    }
+
+    pub(crate) fn counters(&self) -> &[(String, Counters)] {
+        self.counters.get().map_or(&[], Vec::as_slice)
     }
 
     pub(crate) fn set_ended(&self, exit: Exit, reason: String) {

@@ -91,6 +91,7 @@ fn open(config: Config, shared: Arc<Shared>) -> Result<(Daemon, Held), StartErro
     let identity = identity(&config)?;
     let (listener, heartbeats) = sockets(&config, identity.is_some())?;
     let local = Local::new(&config.devices).map_err(kernel("make shared memory for the VM"))?;
+    shared.set_counters(local.counters());
     let arbiter = Arbiter::new(&config.arbiter, &config.vm, &config.host())
         .map_err(kernel("read random bytes and start the arbiter's thread"))?;
     let instance = random().map_err(kernel("read random bytes"))?;

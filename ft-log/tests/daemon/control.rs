@@ -9,6 +9,10 @@ use std::{
     time::Instant,
 };
 
+use ft_client::{
+    counters::{HOLD_BUCKETS, Lost, OfDevice, OfQueue, QUEUES_MAX},
+    shm::SharedMemory,
+};
 use ft_protocol::{Lsn, Role};
 use serde_json::{Value, json};
 
@@ -59,6 +63,15 @@ fn wait_status(world: &World, host: HostId, is_right: impl Fn(&Value) -> bool) -
     }
 }
 
+/// What Prometheus would read.
+fn metrics(world: &World, host: HostId) -> String {
+    let mut stream = UnixStream::connect(world.path(&format!("{host:?}.metrics"))).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
 #[test]
 fn status_and_metrics_show_both_sides() {
     let world = World::new();
@@ -97,10 +110,7 @@ fn status_and_metrics_show_both_sides() {
     let list = ask_json(&world, HostId::A, &["list"]);
     assert_eq!(list, json!([{ "vm": VM, "role": "recording", "generation": 1 }]));
 
-    let mut stream = UnixStream::connect(world.path("A.metrics")).unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
+    let text = metrics(&world, HostId::A);
     for line in [
         "HTTP/1.1 200 OK".to_owned(),
         format!("ft_log_role{{vm=\"{VM}\",role=\"recording\"}} 1"),
@@ -281,4 +291,98 @@ fn a_journal_that_takes_nothing_is_not_rotated_and_a_channel_without_a_hello_is_
     assert!(code == 3 && error.contains("has ended"), "{error}");
     a.daemon.signal(nix::sys::signal::Signal::SIGTERM);
     assert_eq!(a.daemon.wait_code(), 0);
+}
+
+#[test]
+fn what_a_network_device_counts_is_shown_as_its_own() {
+    let world = World::new();
+    let a = start(&world, HostId::A);
+    // Nobody counts yet, and the disk never does.
+    assert!(!metrics(&world, HostId::A).contains("ft_log_net"));
+    let counters = &a.devices[1].counters;
+    counters.begin(2);
+    counters.add(1, OfQueue::Frames, 7);
+    counters.add(0, OfQueue::Kicks, 2);
+    counters.lose(0, Lost::NoBuffers, 3);
+    counters.lose(1, Lost::Checksum, 4);
+    counters.count(OfDevice::Held, 5);
+    counters.set_held_bytes(900);
+    counters.set_held_bytes(100);
+    counters.released_after(3);
+    counters.released_after(2000);
+    let text = metrics(&world, HostId::A);
+    let of = format!("vm=\"{VM}\",device=\"net0\"");
+    for line in [
+        format!("ft_log_net_frames_total{{{of},queue=\"transmit0\"}} 7"),
+        format!("ft_log_net_frames_total{{{of},queue=\"receive0\"}} 0"),
+        format!("ft_log_net_kicks_total{{{of},queue=\"receive0\"}} 2"),
+        format!("ft_log_net_lost_total{{{of},queue=\"receive0\",reason=\"no_buffers\"}} 3"),
+        format!("ft_log_net_lost_total{{{of},queue=\"transmit0\",reason=\"checksum\"}} 4"),
+        format!("ft_log_net_held_total{{{of}}} 5"),
+        format!("ft_log_net_held_bytes{{{of}}} 100"),
+        format!("ft_log_net_held_bytes_max{{{of}}} 900"),
+        format!("ft_log_net_hold_seconds_count{{{of}}} 2"),
+        format!("ft_log_net_hold_seconds_sum{{{of}}} 0.002003"),
+        format!("ft_log_net_hold_seconds_bucket{{le=\"+Inf\",{of}}} 2"),
+    ] {
+        assert!(text.lines().any(|found| found == line), "'{line}' is not in:\n{text}");
+    }
+    let buckets: Vec<u64> = text
+        .lines()
+        .filter(|line| line.starts_with("ft_log_net_hold_seconds_bucket"))
+        .map(|line| line.rsplit(' ').next().unwrap().parse().unwrap())
+        .collect();
+    assert_eq!(buckets.len(), HOLD_BUCKETS);
+    assert_eq!((buckets[1], buckets[2], buckets[10], buckets[11]), (0, 1, 1, 2));
+    assert!(!text.contains("device=\"blk0\""), "{text}");
+}
+
+#[test]
+fn a_hostile_device_tells_wrong_numbers_of_itself_and_no_more() {
+    let world = World::new();
+    let mut a = start(&world, HostId::A);
+    a.devices[1].counters.begin(2);
+    let honest = metrics(&world, HostId::A);
+    // Every word of the disk's page, the kind excepted: it takes itself for a network device.
+    let page = &a.devices[0].counters;
+    page.begin(u16::MAX);
+    for queue in 0..QUEUES_MAX {
+        for (what, ..) in OfQueue::ALL {
+            page.add(queue, what, u64::MAX);
+        }
+        let reasons = Lost::RECEIVED.iter().chain(&Lost::TRANSMITTED);
+        reasons.for_each(|(why, _)| page.lose(queue, *why, u64::MAX));
+    }
+    for (what, ..) in OfDevice::COUNTS {
+        page.count(what, u64::MAX);
+    }
+    page.set_held_bytes(u64::MAX);
+    // Raw memory: more than a device could count.
+    let raw = SharedMemory::open(page.fd().unwrap().try_clone_to_owned().unwrap(), 9216).unwrap();
+    (0..HOLD_BUCKETS).for_each(|bucket| raw.write(512 + 8 * bucket, &u64::MAX.to_ne_bytes()));
+    let text = metrics(&world, HostId::A);
+    assert!(text.contains(&format!(
+        "ft_log_net_frames_total{{vm=\"{VM}\",device=\"blk0\",queue=\"transmit15\"}} {}",
+        u64::MAX
+    )));
+    assert!(text.contains(&format!(
+        "ft_log_net_hold_seconds_count{{vm=\"{VM}\",device=\"blk0\"}} {}",
+        u64::MAX
+    )));
+    // What is not of this device is as before.
+    let others = |text: &str| {
+        let others = text.lines().filter(|line| !line.contains("device=\"blk0\""));
+        others
+            .skip_while(|line| !line.starts_with("# HELP ft_log_net"))
+            .map(String::from)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(others(&text), others(&honest));
+    assert!(text.len() < 128 << 10, "{} bytes", text.len());
+    // The log goes on.
+    let b = start(&world, HostId::B);
+    a.wait_role(Role::Recording);
+    let last = a.append(10);
+    a.wait_committed(last);
+    drop(b);
 }

@@ -134,6 +134,7 @@ impl<D: Device> Alone<D> {
         {
             link.report(end);
         }
+        self.device.ended(&mut self.events);
         result
     }
 
@@ -274,7 +275,10 @@ impl<D: Device> Alone<D> {
                 let queue = (token & 0xffff) as usize;
                 let line = &mut self.lines[queue];
                 if token == line.token(queue) {
-                    line.kicked |= completion.result >= 0;
+                    if completion.result >= 0 {
+                        line.kicked = true;
+                        self.device.kicked(queue as u16);
+                    }
                     if !completion.more {
                         self.listen_on(queue, completion.result);
                     }

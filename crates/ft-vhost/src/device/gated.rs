@@ -84,7 +84,7 @@ impl<D: Device> Gated<D> {
     /// # Errors
     /// Without io_uring.
     pub fn new(
-        device: D,
+        mut device: D,
         session: DeviceSession,
         commands: CommandReceiver,
         signals: Signals,
@@ -97,8 +97,10 @@ impl<D: Device> Gated<D> {
             log,
             gate,
             commit_event,
+            counters,
             device: id,
         } = session;
+        device.count_in(counters);
         Ok(Self {
             device,
             io: Uring::new().map_err(End::environment)?,
@@ -133,6 +135,7 @@ impl<D: Device> Gated<D> {
             }
             handshake::report_failure(&mut self.stream, &end.to_string());
         }
+        self.device.ended(&mut self.events);
         result
     }
 
@@ -307,6 +310,7 @@ impl<D: Device> Gated<D> {
                 Outcome::default()
             }
             Request::Kick { queue, marker, .. } => {
+                self.device.kicked(queue);
                 let outcome = self.device.guest().kick(queue)?;
                 self.device.perform(Some(marker), &mut self.io)?;
                 outcome

@@ -8,7 +8,7 @@
 //! ```
 //! What differs between a disk and a network is behind [`Device`].
 
-use ft_client::events::Events;
+use ft_client::{Counters, events::Events};
 use ft_protocol::{Body, Committed, Lsn};
 
 use crate::{exit::End, guest_side::GuestSide};
@@ -118,6 +118,12 @@ pub trait Device {
     /// The guest came from elsewhere: the network is to learn that its address is here now.
     fn announce(&mut self, _mac: [u8; 6]) {}
 
+    /// What the device counts is to be found there from here on.
+    fn count_in(&mut self, _counters: Counters) {}
+
+    /// The driver notified a queue.
+    fn kicked(&mut self, _queue: u16) {}
+
     /// The device begins its life.
     ///
     /// # Errors
@@ -216,6 +222,9 @@ pub trait Device {
     fn tick(&mut self, _now_ns: u64, _io: &mut Uring, _events: &mut Events) -> Result<Option<u64>, End> {
         Ok(None)
     }
+
+    /// The daemon ends: nothing is called after this.
+    fn ended(&mut self, _events: &mut Events) {}
 
     /// Somebody waits for the device to be idle: what waits for better times ends with an error.
     ///

@@ -11,6 +11,7 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
+use ft_client::counters::{Counters, Lost, OfQueue};
 use tracing::debug;
 use virtio_bindings::{virtio_config::VIRTIO_F_VERSION_1, virtio_net::VIRTIO_NET_F_MRG_RXBUF};
 use xxhash_rust::xxh3::Xxh3;
@@ -88,19 +89,18 @@ impl Frame {
     }
 }
 
-/// Frames that did not reach their destination, by reason.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Dropped {
-    /// Received before the driver had set up the receive queue.
-    pub no_driver: u64,
-    /// Received while the guest had no buffers, and too many waited already.
-    pub no_buffers: u64,
-    /// Received, and longer than the guest's buffers.
-    pub buffer_too_small: u64,
-    /// Transmitted, but not between the shortest and the longest frame.
-    pub impossible_length: u64,
-    /// Transmitted with a header that the frame contradicts.
-    pub lies: u64,
+/// Frames of one call, and their bytes: told to the counters when it is over.
+#[derive(Clone, Copy, Debug, Default)]
+struct Passed {
+    frames: u64,
+    bytes: u64,
+}
+
+impl Passed {
+    fn note(&mut self, frame_bytes: usize) {
+        self.frames += 1;
+        self.bytes += frame_bytes as u64;
+    }
 }
 
 /// The guest side of a network device.
@@ -114,7 +114,8 @@ pub struct NetGuestSide {
     frames: Vec<Frame>,
     /// Of each pair.
     waiting: Vec<VecDeque<Vec<u8>>>,
-    dropped: Dropped,
+    counters: Counters,
+    passed: Passed,
     segments: Vec<Segment>,
     /// Buffers for one frame, and the chains they are of.
     gathered: Vec<Segment>,
@@ -139,7 +140,8 @@ impl NetGuestSide {
             rings: (0..shape.queues()).map(Ring::new).collect(),
             frames: Vec::new(),
             waiting: (0..shape.pairs).map(|_| VecDeque::new()).collect(),
-            dropped: Dropped::default(),
+            counters: Counters::own(shape.queues()),
+            passed: Passed::default(),
             segments: Vec::new(),
             gathered: Vec::new(),
             chains: Vec::new(),
@@ -191,10 +193,33 @@ impl NetGuestSide {
         }
     }
 
-    /// What was dropped so far.
+    /// What is counted of the queues.
     #[must_use]
-    pub fn dropped(&self) -> Dropped {
-        self.dropped
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Counts there from here on: with the other threads of the device, or where ft-log shows it.
+    pub fn count_in(&mut self, counters: Counters) {
+        self.counters = counters;
+    }
+
+    /// A call for `queue` is over.
+    fn count(&mut self, queue: u16) {
+        let Passed { frames, bytes } = std::mem::take(&mut self.passed);
+        let ring = self.rings[usize::from(queue)].take_tally();
+        for (what, count) in [
+            (OfQueue::Frames, frames),
+            (OfQueue::Bytes, bytes),
+            (OfQueue::UsedBatches, ring.batches),
+            (OfQueue::UsedBuffers, ring.buffers),
+            (OfQueue::InterruptsRaised, ring.interrupts),
+            (OfQueue::InterruptsSuppressed, ring.suppressed),
+        ] {
+            if count != 0 {
+                self.counters.add(queue, what, count);
+            }
+        }
     }
 
     /// Negative control (see [`super::BOUNCE`]): the first frame of a payload reaches the guest's next buffer now, ahead of its delivery.
@@ -230,7 +255,7 @@ impl NetGuestSide {
         if total_bytes(&self.gathered) < bytes as u64 {
             // The buffers stay for a frame that fits.
             self.chains.iter().rev().for_each(|(head, _)| ring.push_back(*head));
-            self.dropped.buffer_too_small += 1;
+            self.counters.lose(2 * pair as u16, Lost::TooLarge, 1);
             return Ok(true);
         }
         header[BUFFERS].copy_from_slice(&(self.chains.len() as u16).to_le_bytes());
@@ -243,6 +268,7 @@ impl NetGuestSide {
             left -= *length;
         }
         ring.complete_together(memory, &self.chains)?;
+        self.passed.note(frame.len());
         Ok(true)
     }
 
@@ -278,7 +304,7 @@ impl NetGuestSide {
             if self.waiting[pair].len() == WAITING_FRAMES_MAX {
                 let oldest = self.waiting[pair].pop_front().unwrap_or_default();
                 self.recycle_buffer(oldest);
-                self.dropped.no_buffers += 1;
+                self.counters.lose(2 * pair as u16, Lost::NoBuffers, 1);
             }
             let mut buffer = self.spare.pop().unwrap_or_default();
             buffer.extend_from_slice(frame);
@@ -315,6 +341,24 @@ impl NetGuestSide {
         }
     }
 
+    /// Gives the guest the frames of a payload, or has them wait; whether it is to be interrupted.
+    fn give(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        queue: u16,
+        payload: &[u8],
+        bytes_max: usize,
+    ) -> Result<bool, RingError> {
+        let pair = usize::from(queue / 2);
+        for frame in records(payload, bytes_max) {
+            self.put_or_wait(memory, pair, frame?)?;
+        }
+        if self.waits(pair) {
+            self.serve_waiting(memory, pair)?;
+        }
+        self.rings[usize::from(queue)].take_interrupt(memory)
+    }
+
     fn kick_receive(&mut self, memory: &GuestMemoryMmap, queue: u16) -> Result<Outcome, RingError> {
         let delivered = self.serve_waiting(memory, usize::from(queue / 2))?;
         Ok(Outcome {
@@ -337,7 +381,9 @@ impl NetGuestSide {
         let bytes = total_bytes(&self.segments);
         digest.update(&bytes.to_le_bytes());
         if !(FRAME_BYTES_MIN as u64..=FRAME_BYTES_MAX as u64).contains(&bytes) {
-            self.dropped.impossible_length += 1;
+            let too_short = bytes < FRAME_BYTES_MIN as u64;
+            let why = if too_short { Lost::TooShort } else { Lost::TooLong };
+            self.counters.lose(queue, why, 1);
             self.recycle_buffer(buffer);
             return Ok(());
         }
@@ -347,7 +393,7 @@ impl NetGuestSide {
                 Ok(judged) => *header = judged,
                 Err(lie) => {
                     debug!(queue, %lie, "a frame is not sent");
-                    self.dropped.lies += 1;
+                    self.counters.lose(queue, lie.into(), 1);
                     self.recycle_buffer(buffer);
                     return Ok(());
                 }
@@ -355,6 +401,7 @@ impl NetGuestSide {
         } else {
             digest.update(&buffer[HEADER_BYTES..]);
         }
+        self.passed.note(bytes as usize);
         self.frames.push(Frame {
             bytes: buffer,
             pair: queue / 2,
@@ -456,7 +503,10 @@ impl GuestSide for NetGuestSide {
     }
 
     fn stop_queue(&mut self, index: u16) -> u16 {
-        if let (true, Some(waiting)) = (index.is_multiple_of(2), self.waiting.get_mut(usize::from(index / 2))) {
+        if let (true, Some(waiting)) = (index.is_multiple_of(2), self.waiting.get_mut(usize::from(index / 2)))
+            && !waiting.is_empty()
+        {
+            self.counters.lose(index, Lost::Stopped, waiting.len() as u64);
             waiting.clear();
         }
         self.rings.get_mut(usize::from(index)).map_or(0, Ring::stop)
@@ -474,10 +524,12 @@ impl GuestSide for NetGuestSide {
             return Ok(Outcome::default());
         }
         let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
-        match queue.is_multiple_of(2) {
+        let outcome = match queue.is_multiple_of(2) {
             true => self.kick_receive(&memory, queue),
             false => self.kick_transmit(&memory, queue),
-        }
+        };
+        self.count(queue);
+        outcome
     }
 
     fn deliver(&mut self, sequence: u64, queue: u16, payload: &[u8]) -> Result<Outcome, RingError> {
@@ -486,20 +538,16 @@ impl GuestSide for NetGuestSide {
         if queue >= self.queue_count() || !queue.is_multiple_of(2) {
             return Err(RingError::NoQueue(queue));
         }
+        let bytes_max = FRAME_BYTES_MAX + if self.shape.free { HEADER_BYTES } else { 0 };
         let mut interrupt = false;
         if self.is_configured(queue) {
-            let pair = usize::from(queue / 2);
             let memory = Arc::clone(self.memory.as_ref().ok_or(RingError::NoMemory)?);
-            let bytes_max = FRAME_BYTES_MAX + if self.shape.free { HEADER_BYTES } else { 0 };
-            for frame in records(payload, bytes_max) {
-                self.put_or_wait(&memory, pair, frame?)?;
-            }
-            if self.waits(pair) {
-                self.serve_waiting(&memory, pair)?;
-            }
-            interrupt = self.rings[usize::from(queue)].take_interrupt(&memory)?;
+            let given = self.give(&memory, queue, payload, bytes_max);
+            self.count(queue);
+            interrupt = given?;
         } else {
-            self.dropped.no_driver += frames(payload).count() as u64;
+            let frames = records(payload, bytes_max).filter(Result::is_ok).count();
+            self.counters.lose(queue, Lost::NoDriver, frames as u64);
         }
         let digest = match self.shape.free {
             true => 0,

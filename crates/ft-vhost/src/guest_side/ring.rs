@@ -29,6 +29,19 @@ pub struct Segment {
     pub writable: bool,
 }
 
+/// What a ring did, for whoever counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Updates of the used ring's index.
+    pub batches: u64,
+    /// Chains that went back to the driver.
+    pub buffers: u64,
+    /// Times that the driver wanted an interrupt for what was used.
+    pub interrupts: u64,
+    /// Times that it wanted none.
+    pub suppressed: u64,
+}
+
 /// A queue of the device.
 #[derive(Debug)]
 pub struct Ring {
@@ -44,6 +57,7 @@ pub struct Ring {
     promised: bool,
     /// The driver was told that it need not kick.
     silent: bool,
+    tally: Tally,
     inflight: Option<InflightQueue>,
     /// Chains that an earlier device held when it was killed.
     again: VecDeque<u16>,
@@ -79,6 +93,7 @@ impl Ring {
             told: 0,
             promised: false,
             silent: false,
+            tally: Tally::default(),
             inflight: None,
             again: VecDeque::new(),
         }
@@ -272,6 +287,8 @@ impl Ring {
             .store(next.to_le(), index, Ordering::Release)
             .map_err(|_| outside("the used ring", index.0, 2))?;
         self.queue.set_next_used(next);
+        self.tally.batches += 1;
+        self.tally.buffers += chains.len() as u64;
         self.added |= !chains.is_empty();
         if let Some(inflight) = &mut self.inflight {
             for (head, _) in chains {
@@ -310,6 +327,11 @@ impl Ring {
         Ok(self.promised)
     }
 
+    /// What the ring did since this was last asked.
+    pub fn take_tally(&mut self) -> Tally {
+        std::mem::take(&mut self.tally)
+    }
+
     /// Whether the driver wants an interrupt for what was completed since this was last asked.
     ///
     /// # Errors
@@ -329,12 +351,16 @@ impl Ring {
         self.told = now;
         // The completions must be visible before the driver's wish is read.
         std::sync::atomic::fence(Ordering::SeqCst);
-        if !self.queue.event_idx_enabled() {
-            return Ok(u32::from(word(available_ring)?) & VRING_AVAIL_F_NO_INTERRUPT == 0);
-        }
-        // The driver names the completion that it wants to hear of.
-        let wanted = word(available_ring + AVAILABLE_ELEMENTS + 2 * u64::from(self.size()))?;
-        Ok(now.wrapping_sub(wanted).wrapping_sub(1) < now.wrapping_sub(before))
+        let wants = if self.queue.event_idx_enabled() {
+            // The driver names the completion that it wants to hear of.
+            let wanted = word(available_ring + AVAILABLE_ELEMENTS + 2 * u64::from(self.size()))?;
+            now.wrapping_sub(wanted).wrapping_sub(1) < now.wrapping_sub(before)
+        } else {
+            u32::from(word(available_ring)?) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
+        self.tally.interrupts += u64::from(wants);
+        self.tally.suppressed += u64::from(!wants);
+        Ok(wants)
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use ft_client::{
-    Region, ShimGate, gate,
+    Counters, Region, ShimGate, gate,
     handshake::{Join, Reply, send_reply},
     ring::{self, Consumer},
     shm::SharedMemory,
@@ -37,6 +37,8 @@ pub struct Joined {
     pub stream: UnixStream,
     pub region: Arc<Region>,
     pub shim: ShimGate,
+    /// What the device counts.
+    pub counters: Counters,
     entries: Consumer,
     _log_bell: EventFd,
     commit_event: EventFd,
@@ -61,6 +63,7 @@ impl FtLog {
         region.publish(role, Generation(1), Lsn(0));
         let ring = ring::create("test-ring").unwrap();
         let gate = gate::create().unwrap();
+        let counters = Counters::create().unwrap();
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         let (log_bell, doorbell, commit_event) = (event(), event(), event());
         let reply = Reply::Welcome {
@@ -79,6 +82,7 @@ impl FtLog {
             gate.fd(),
             borrow(&doorbell),
             borrow(&commit_event),
+            counters.fd().unwrap(),
         ];
         send_reply(stream.as_fd(), &reply, &descriptors).unwrap();
         let gate_fd = gate.fd().try_clone_to_owned().unwrap();
@@ -90,6 +94,7 @@ impl FtLog {
             stream,
             region,
             shim,
+            counters,
             entries,
             _log_bell: log_bell,
             commit_event,

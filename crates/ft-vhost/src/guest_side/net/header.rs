@@ -6,6 +6,7 @@
 //! The host's kernel believes much of it. So nothing passes that the driver did not negotiate, nothing that points out of the frame, and
 //! nothing that the frame's own headers contradict; what the host has no use for is zero.
 
+use ft_client::counters::Lost;
 use thiserror::Error;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
@@ -53,6 +54,18 @@ pub enum Lie {
     /// The frame is not of the protocol that it is to be cut as, or its headers do not fit into it.
     #[error("headers that are not what the frame is to be cut as")]
     Protocol,
+}
+
+impl From<Lie> for Lost {
+    fn from(lie: Lie) -> Self {
+        match lie {
+            Lie::NotNegotiated => Self::NotNegotiated,
+            Lie::Checksum => Self::Checksum,
+            Lie::Kind => Self::Kind,
+            Lie::Size => Self::Size,
+            Lie::Protocol => Self::Protocol,
+        }
+    }
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> Option<usize> {
