@@ -1,12 +1,17 @@
 //! Command line, and the way from it to a running daemon.
 
-use std::{os::fd::RawFd, str::FromStr};
+use std::{
+    os::fd::RawFd,
+    path::PathBuf,
+    str::FromStr,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use clap::Parser;
-use ft_client::Counters;
+use ft_client::{Counters, events::Events};
 use ft_vhost::{
     conventions::Conventions,
-    daemon::{self, Membership, Options, Signals},
+    daemon::{self, Membership, Signals},
     exit::End,
     guest_side::net::{MTUS, PAIRS_MAX, Shape},
 };
@@ -15,6 +20,7 @@ use thiserror::Error;
 use tracing::info;
 
 use crate::{
+    capture::{self, Recorder, Writer},
     nic::Nic,
     tap::{Tap, TapError, TapName},
 };
@@ -43,6 +49,79 @@ pub struct Arguments {
     /// MAC address of the guest; derived from VM and device (alone: TAP) name without it. The same on both hosts.
     #[arg(long, value_name = "MAC")]
     mac: Option<Mac>,
+    /// Capture what is received, held, released and discarded to this file (pcapng). One that is there is kept as FILE.old.
+    #[arg(long, value_name = "FILE")]
+    pcap: Option<PathBuf>,
+    /// Where the capture ends.
+    #[arg(long, value_name = "N", default_value_t = 1024, requires = "pcap", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pcap_limit_mib: u64,
+}
+
+/// The daemon's name in events.
+const SOURCE: &str = "vhost-ft-net";
+
+/// The capture, which begins with the first part of the device: until then another daemon may have the file.
+#[derive(Debug)]
+struct CaptureTo {
+    path: PathBuf,
+    bytes_max: u64,
+    interface: String,
+    events: Option<PathBuf>,
+    begun: Mutex<Option<(Recorder, Writer)>>,
+}
+
+impl CaptureTo {
+    fn attach(&self, nic: Nic) -> Result<Nic, End> {
+        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        if begun.is_none() {
+            let events = Events::open(SOURCE, self.events.as_deref()).map_err(End::environment)?;
+            let capture = capture::start(self.path.clone(), self.bytes_max, &self.interface, events);
+            *begun = Some(capture.map_err(End::environment)?);
+        }
+        let capture = begun.as_ref().map(|(recorder, _)| recorder.capture());
+        let capture = capture.transpose().map_err(End::environment)?;
+        Ok(match capture {
+            Some(capture) => nic.capturing(capture),
+            None => nic,
+        })
+    }
+
+    fn finish(&self) {
+        let begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some((_, writer)) = begun {
+            writer.finish();
+        }
+    }
+}
+
+/// Serves what `make` makes until the end, with a capture if there is to be one.
+fn serve(
+    arguments: &Arguments,
+    interface: &TapName,
+    threads: usize,
+    mac: Mac,
+    signals: Signals,
+    make: impl Fn() -> Result<Nic, End> + Send + Sync + 'static,
+) -> Result<(), End> {
+    let options = arguments.conventions.options();
+    let capture = arguments.pcap.clone().map(|path| CaptureTo {
+        path,
+        bytes_max: arguments.pcap_limit_mib << 20,
+        interface: interface.to_string(),
+        events: options.events.clone(),
+        begun: Mutex::default(),
+    });
+    let capture = capture.map(Arc::new);
+    let captures = capture.clone();
+    let make = move || match &captures {
+        Some(capture) => capture.attach(make()?),
+        None => make(),
+    };
+    let result = daemon::serve(&options, SOURCE, threads, make, signals, || Ok(fingerprint(mac)));
+    if let Some(capture) = capture {
+        capture.finish();
+    }
+    result
 }
 
 /// A unicast MAC address.
@@ -108,25 +187,25 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
         return Ok(());
     }
     let signals = Signals::take().map_err(End::environment)?;
-    let options = conventions.options();
     let Some(Membership { vm, device, .. }) = conventions.membership() else {
-        return run_alone(&arguments, &options, signals);
+        return run_alone(&arguments, signals);
     };
     if arguments.queue_pairs > 1 || arguments.io_threads > 1 {
         return Err(End::environment(
             "a protected VM's device has one pair of queues and one thread: leave --queue-pairs and --io-threads out, or --ft-log",
         ));
     }
-    let tap = arguments.tap.expect("clap asks for it");
+    let tap = arguments.tap.clone().expect("clap asks for it");
     let mac = arguments.mac.unwrap_or_else(|| Mac::derived(&format!("{vm}/{device}")));
     // A TAP that is missing is better noticed now than when a failover wants it.
     tap.check().map_err(End::environment)?;
+    let name = tap.clone();
     let make = move || Ok(Nic::new(tap.clone(), mac.0));
-    daemon::serve(&options, "vhost-ft-net", 1, make, signals, || Ok(fingerprint(mac)))
+    serve(&arguments, &name, 1, mac, signals, make)
 }
 
 /// Runs the device of a VM that is not protected: what the TAP has of queues and offloads is the driver's.
-fn run_alone(arguments: &Arguments, options: &Options, signals: Signals) -> Result<(), End> {
+fn run_alone(arguments: &Arguments, signals: Signals) -> Result<(), End> {
     let (taps, name) = taps(arguments).map_err(End::environment)?;
     let mac = arguments.mac.unwrap_or_else(|| Mac::derived(&name.to_string()));
     let mtu = name.mtu_for(mac.0, arguments.mtu).map_err(End::environment)?;
@@ -140,6 +219,7 @@ fn run_alone(arguments: &Arguments, options: &Options, signals: Signals) -> Resu
     info!(tap = %name, pairs = shape.pairs, features = format!("{:#x}", shape.features()), "the TAP is ready");
     let threads = arguments.io_threads.min(shape.queues());
     let counters = Counters::own(shape.queues());
+    let interface = name.clone();
     let make = move || {
         let taps = taps.iter().map(Tap::try_clone).collect::<Result<_, _>>();
         let nic = Nic::on(name.clone(), taps.map_err(End::environment)?, shape);
@@ -148,9 +228,7 @@ fn run_alone(arguments: &Arguments, options: &Options, signals: Signals) -> Resu
             _ => nic.counting_in(counters.clone()),
         })
     };
-    daemon::serve(options, "vhost-ft-net", threads.into(), make, signals, || {
-        Ok(fingerprint(mac))
-    })
+    serve(arguments, &interface, threads.into(), mac, signals, make)
 }
 
 /// The queues the operator named, and whose they are.

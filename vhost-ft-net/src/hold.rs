@@ -54,6 +54,11 @@ impl Hold {
         }
     }
 
+    /// The frames that wait, in order: to look at.
+    pub fn waiting(&self) -> impl Iterator<Item = &Frame> {
+        self.waiting.iter().map(|waiting| waiting.frame.peek())
+    }
+
     /// Marker of the first frame that waits.
     #[must_use]
     pub fn first(&self) -> Option<Lsn> {

@@ -5,11 +5,13 @@
 //!   ├ [hold]      frames that wait for their commit, and how long they did ─► [histogram]
 //!   ├ [overheard] what a backup's TAP heard before it went live
 //!   ├ [announce]  whose addresses the network must learn to find here
+//!   ├ [capture]   what was received, held, released and discarded, in a file
 //!   ├ [telling]   what it counted, as an event
 //!   └ [port]      one queue of the host's end, [tap]
 //! ```
 
 pub mod announce;
+pub mod capture;
 pub mod cli;
 pub mod histogram;
 pub mod hold;

@@ -27,6 +27,7 @@ use tracing::{info, warn};
 
 use crate::{
     announce::{self, Addresses, Repeats},
+    capture::{Capture, Kind},
     hold::Hold,
     overheard::Overheard,
     port::Port,
@@ -77,6 +78,7 @@ pub struct Nic {
     /// That the TAP takes no frames was said.
     said_unsent: bool,
     teller: Teller,
+    capture: Option<Capture>,
     hold_reported: u64,
     hold_report_due_ns: u64,
 }
@@ -108,6 +110,7 @@ impl Nic {
             spare: Vec::new(),
             said_unsent: false,
             teller: Teller::default(),
+            capture: None,
             hold_reported: 0,
             hold_report_due_ns: 0,
         }
@@ -119,6 +122,19 @@ impl Nic {
         self.guest.count_in(counters);
         self.teller.set_watchful();
         self
+    }
+
+    /// The same, with what happens to frames noted.
+    #[must_use]
+    pub fn capturing(mut self, capture: Capture) -> Self {
+        self.capture = Some(capture);
+        self
+    }
+
+    fn note(&mut self, kind: Kind, frame: &Frame) {
+        if let Some(capture) = &mut self.capture {
+            capture.note(kind, frame.ethernet(), self.guest.counters());
+        }
     }
 
     fn is_free(&self) -> bool {
@@ -143,7 +159,8 @@ impl Nic {
         Ok(())
     }
 
-    fn send(&mut self, frame: &Frame) {
+    /// Gives a frame to the interface, which is noted as this.
+    fn send(&mut self, kind: Kind, frame: &Frame) {
         let Some(port) = self.ports.get_mut(frame.pair()) else {
             return;
         };
@@ -154,12 +171,14 @@ impl Nic {
             if !std::mem::replace(&mut self.said_unsent, true) {
                 warn!(%error, "the TAP takes no frames");
             }
+            return;
         }
+        self.note(kind, frame);
     }
 
     fn announce_addresses(&mut self) {
         let frames = self.addresses.announcements(self.mac);
-        frames.iter().for_each(|frame| self.send(frame));
+        frames.iter().for_each(|frame| self.send(Kind::Sent, frame));
         self.guest.counters().count(OfDevice::Announced, frames.len() as u64);
     }
 
@@ -186,11 +205,15 @@ impl Nic {
     fn receive_batch(&mut self, payload: &mut Vec<u8>, io: &mut Uring) -> io::Result<()> {
         let mut frames = 0;
         while frames < BATCH_FRAMES_MAX && payload.len() < BATCH_BYTES_MAX {
+            let start = payload.len();
             if let Some(frame) = self.overheard.take(monotonic_ns()) {
                 push_frame(payload, &frame);
             } else {
                 let Some(bytes) = self.receive(io)? else { break };
                 push_frame(payload, &self.received[HEADER_BYTES..bytes]);
+            }
+            if let Some(capture) = &mut self.capture {
+                capture.note(Kind::Received, &payload[start + LENGTH_BYTES..], self.guest.counters());
             }
             frames += 1;
         }
@@ -206,11 +229,17 @@ impl Nic {
             }
             let mut frames = 0;
             let counters = self.guest.counters();
+            let mut start = payload.len();
             while frames < BATCH_FRAMES_MAX
                 && payload.len() < BATCH_BYTES_MAX
                 && port.receive_onto(payload, counters, io)?
             {
                 frames += 1;
+                if let Some(capture) = &mut self.capture {
+                    let frame = &payload[start + LENGTH_BYTES + HEADER_BYTES..];
+                    capture.note(Kind::Received, frame, counters);
+                }
+                start = payload.len();
             }
             if frames != 0 {
                 return Ok(Some(2 * pair as u16));
@@ -258,7 +287,7 @@ impl Device for Nic {
         // One thread is enough to say it: the one that serves the first queue.
         if self.guest.is_configured(RECEIVE) {
             info!("the guest came from elsewhere: announced");
-            self.send(&announce::rarp(mac));
+            self.send(Kind::Sent, &announce::rarp(mac));
             self.guest.counters().count(OfDevice::Announced, 1);
         }
     }
@@ -305,9 +334,12 @@ impl Device for Nic {
             self.addresses.note(frame.ethernet());
             match (self.life, marker) {
                 (Life::Follows, _) => self.keep(frame, now_ns),
-                (Life::Live, Some(marker)) => self.hold.push(marker, frame, now_ns),
+                (Life::Live, Some(marker)) => {
+                    self.note(Kind::Held, &frame);
+                    self.hold.push(marker, frame, now_ns);
+                }
                 _ => {
-                    self.send(&frame);
+                    self.send(Kind::Sent, &frame);
                     self.guest.recycle(frame);
                 }
             }
@@ -384,7 +416,7 @@ impl Device for Nic {
         let mut again = 0;
         for Kept { frame, since_ns } in std::mem::take(&mut self.kept) {
             if now_ns - since_ns <= KEPT_AGE_NS {
-                self.send(&frame);
+                self.send(Kind::Sent, &frame);
                 again += 1;
             }
             self.guest.recycle(frame);
@@ -406,7 +438,7 @@ impl Device for Nic {
             self.teller.note();
             crash::point("net.release.before");
             for frame in frames.drain(..) {
-                self.send(&frame);
+                self.send(Kind::Released, &frame);
                 self.guest.recycle(frame);
             }
             crash::point("net.release.after");
@@ -449,6 +481,10 @@ impl Device for Nic {
     fn ended(&mut self, events: &mut Events) {
         // What is held leaves never.
         let counters = self.guest.counters();
+        if let Some(capture) = &mut self.capture {
+            let waiting = self.hold.waiting();
+            waiting.for_each(|frame| capture.note(Kind::Discarded, frame.ethernet(), counters));
+        }
         counters.count(OfDevice::Discarded, self.hold.frames() as u64);
         counters.set_held_bytes(0);
         self.teller.tell(counters, events);

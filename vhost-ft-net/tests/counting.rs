@@ -56,8 +56,8 @@ impl Host {
     /// The last event `counters`.
     fn counters(&self) -> Value {
         let events = std::fs::read_to_string(self.path("events")).unwrap();
-        let events = events.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        events.filter(|event| event["event"] == "counters").last().unwrap()
+        let mut events = events.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        events.rfind(|event| event["event"] == "counters").unwrap()
     }
 }
 

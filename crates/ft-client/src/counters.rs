@@ -175,6 +175,10 @@ pub enum OfDevice {
     Overheard,
     /// Frames of the device itself: ARP and RARP.
     Announced,
+    /// Copies of frames that were made for a capture.
+    Captured,
+    /// Copies that found no room.
+    CaptureLost,
     /// Microseconds that released frames were held.
     HeldMicroseconds,
     /// Bytes that are held now.
@@ -185,7 +189,7 @@ pub enum OfDevice {
 
 impl OfDevice {
     /// What only grows, one by one, with the names it is told by.
-    pub const COUNTS: [(Self, &'static str, &'static str); 7] = [
+    pub const COUNTS: [(Self, &'static str, &'static str); 9] = [
         (Self::Held, "held", "Frames that waited for their commit"),
         (Self::Released, "released", "Held frames whose commit came"),
         (
@@ -197,6 +201,12 @@ impl OfDevice {
         (Self::SentAgain, "sent_again", "Kept frames that were sent at a go-live"),
         (Self::Overheard, "overheard", "Frames that a backup's interface heard"),
         (Self::Announced, "announced", "ARP and RARP frames of the device itself"),
+        (Self::Captured, "captured", "Copies of frames for the capture"),
+        (
+            Self::CaptureLost,
+            "capture_lost",
+            "Frames that the capture had no room for, and lacks",
+        ),
     ];
     /// Amounts, with the names they are told by.
     pub const AMOUNTS: [(Self, &'static str, &'static str); 2] = [
