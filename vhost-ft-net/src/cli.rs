@@ -21,7 +21,9 @@ use tracing::info;
 
 use crate::{
     capture::{self, Recorder, Writer},
+    host_end::{HostEnd, Named},
     nic::Nic,
+    packet::PacketSocket,
     tap::{Tap, TapError, TapName},
 };
 
@@ -32,11 +34,14 @@ pub struct Arguments {
     #[command(flatten)]
     conventions: Conventions,
     /// An existing TAP interface. That of a protected VM is opened once the device reaches the outside world.
-    #[arg(long, value_name = "NAME", required_unless_present_any = ["print_capabilities", "tap_fd"])]
+    #[arg(long, value_name = "NAME", required_unless_present_any = ["print_capabilities", "tap_fd", "interface"])]
     tap: Option<TapName>,
     /// Inherited queues of a TAP or macvtap instead, one for each pair, opened with IFF_VNET_HDR and IFF_NO_PI: numbers with commas between.
     #[arg(long, value_name = "FD", value_delimiter = ',', conflicts_with_all = ["tap", "ft_log"])]
     tap_fd: Vec<RawFd>,
+    /// An Ethernet interface instead, where there is no TAP: a packet socket on it. One pair of queues.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["tap", "tap_fd", "queue_pairs"])]
+    interface: Option<TapName>,
     /// Pairs of queues; more than one wants a TAP with multi_queue. A protected VM has one.
     #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "tap_fd", value_parser = clap::value_parser!(u16).range(1..=i64::from(PAIRS_MAX)))]
     queue_pairs: u16,
@@ -46,13 +51,13 @@ pub struct Arguments {
     /// MTU that the guest is told, at most the TAP's, which it is without this. A protected VM's guest is told none.
     #[arg(long, value_name = "BYTES", conflicts_with = "ft_log", value_parser = clap::value_parser!(u16).range(i64::from(*MTUS.start())..))]
     mtu: Option<u16>,
-    /// MAC address of the guest; derived from VM and device (alone: TAP) name without it. The same on both hosts.
+    /// MAC address of the guest; derived from VM and device (alone: interface) name without it, a macvtap's own. The same on both hosts.
     #[arg(long, value_name = "MAC")]
     mac: Option<Mac>,
     /// Capture what is received, held, released and discarded to this file (pcapng). One that is there is kept as FILE.old.
     #[arg(long, value_name = "FILE")]
     pcap: Option<PathBuf>,
-    /// Where the capture ends.
+    /// Most MiB of that file: there the capture ends, and the device goes on.
     #[arg(long, value_name = "N", default_value_t = 1024, requires = "pcap", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pcap_limit_mib: u64,
 }
@@ -97,7 +102,7 @@ impl CaptureTo {
 /// Serves what `make` makes until the end, with a capture if there is to be one.
 fn serve(
     arguments: &Arguments,
-    interface: &TapName,
+    interface: &Named,
     threads: usize,
     mac: Mac,
     signals: Signals,
@@ -195,34 +200,49 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
             "a protected VM's device has one pair of queues and one thread: leave --queue-pairs and --io-threads out, or --ft-log",
         ));
     }
-    let tap = arguments.tap.clone().expect("clap asks for it");
+    let tap = arguments.tap.clone().map(Named::Tap);
+    let other = arguments.interface.clone().map(Named::Interface);
+    let named = tap.or(other).expect("clap asks for one of them");
     let mac = arguments.mac.unwrap_or_else(|| Mac::derived(&format!("{vm}/{device}")));
-    // A TAP that is missing is better noticed now than when a failover wants it.
-    tap.check().map_err(End::environment)?;
-    let name = tap.clone();
-    let make = move || Ok(Nic::new(tap.clone(), mac.0));
-    serve(&arguments, &name, 1, mac, signals, make)
+    // One that is missing is better noticed now than when a failover wants it.
+    named.check(mac.0).map_err(End::environment)?;
+    let interface = named.clone();
+    let make = move || Ok(Nic::new(named.clone(), mac.0));
+    serve(&arguments, &interface, 1, mac, signals, make)
 }
 
-/// Runs the device of a VM that is not protected: what the TAP has of queues and offloads is the driver's.
+/// Runs the device of a VM that is not protected: what the host's end has of queues and offloads is the driver's.
 fn run_alone(arguments: &Arguments, signals: Signals) -> Result<(), End> {
-    let (taps, name) = taps(arguments).map_err(End::environment)?;
-    let mac = arguments.mac.unwrap_or_else(|| Mac::derived(&name.to_string()));
-    let mtu = name.mtu_for(mac.0, arguments.mtu).map_err(End::environment)?;
+    let (ends, named) = host_ends(arguments).map_err(End::environment)?;
+    let (mac, mtu) = match &ends[0] {
+        HostEnd::Tap(tap) if tap.is_macvtap() => {
+            let wanted = arguments.mac.map(|mac| mac.0);
+            let (mac, mtu) = named
+                .name()
+                .macvtap_for(wanted, arguments.mtu)
+                .map_err(End::environment)?;
+            (Mac(mac), mtu)
+        }
+        _ => {
+            let mac = arguments.mac.unwrap_or_else(|| Mac::derived(&named.to_string()));
+            let mtu = named.name().mtu_for(mac.0, arguments.mtu);
+            (mac, mtu.map_err(End::environment)?)
+        }
+    };
     let shape = Shape {
         mac: mac.0,
         mtu,
-        pairs: taps.len() as u16,
-        offloads: taps[0].offloads(),
+        pairs: ends.len() as u16,
+        offloads: ends[0].offloads(),
         free: true,
     };
-    info!(tap = %name, pairs = shape.pairs, features = format!("{:#x}", shape.features()), "the TAP is ready");
+    info!(interface = %named, pairs = shape.pairs, features = format!("{:#x}", shape.features()), "the host's end is ready");
     let threads = arguments.io_threads.min(shape.queues());
     let counters = Counters::own(shape.queues());
-    let interface = name.clone();
+    let interface = named.clone();
     let make = move || {
-        let taps = taps.iter().map(Tap::try_clone).collect::<Result<_, _>>();
-        let nic = Nic::on(name.clone(), taps.map_err(End::environment)?, shape);
+        let ends = ends.iter().map(HostEnd::try_clone).collect::<Result<_, _>>();
+        let nic = Nic::on(named.clone(), ends.map_err(End::environment)?, shape);
         Ok(match threads {
             1 => nic,
             _ => nic.counting_in(counters.clone()),
@@ -232,11 +252,17 @@ fn run_alone(arguments: &Arguments, signals: Signals) -> Result<(), End> {
 }
 
 /// The queues the operator named, and whose they are.
-fn taps(arguments: &Arguments) -> Result<(Vec<Tap>, TapName), TapError> {
-    if let Some(name) = &arguments.tap {
-        return Ok((Tap::open_queues(name, arguments.queue_pairs)?, name.clone()));
+fn host_ends(arguments: &Arguments) -> Result<(Vec<HostEnd>, Named), TapError> {
+    if let Some(name) = &arguments.interface {
+        let socket = HostEnd::Packet(PacketSocket::open(name)?);
+        return Ok((vec![socket], Named::Interface(name.clone())));
     }
-    let mut taps = Vec::new();
+    if let Some(name) = &arguments.tap {
+        let taps = Tap::open_queues(name, arguments.queue_pairs)?;
+        let ends = taps.into_iter().map(HostEnd::Tap).collect();
+        return Ok((ends, Named::Tap(name.clone())));
+    }
+    let mut ends = Vec::new();
     let mut name: Option<TapName> = None;
     for fd in &arguments.tap_fd {
         let (tap, other) = Tap::from_descriptor(*fd)?;
@@ -244,9 +270,10 @@ fn taps(arguments: &Arguments) -> Result<(Vec<Tap>, TapName), TapError> {
             Some(name) if *name != other => return Err(TapError::Different(name.clone(), other)),
             _ => name = Some(other),
         }
-        taps.push(tap);
+        ends.push(HostEnd::Tap(tap));
     }
-    Ok((taps, name.expect("clap asks for a TAP or for a descriptor")))
+    let name = name.expect("clap asks for an interface or for a descriptor");
+    Ok((ends, Named::Tap(name)))
 }
 
 #[cfg(test)]

@@ -29,9 +29,9 @@ use crate::{
     announce::{self, Addresses, Repeats},
     capture::{Capture, Kind},
     hold::Hold,
+    host_end::{HostEnd, Named},
     overheard::Overheard,
     port::Port,
-    tap::{Tap, TapName},
     telling::Teller,
 };
 
@@ -62,7 +62,7 @@ struct Kept {
 pub struct Nic {
     guest: NetGuestSide,
     mac: [u8; 6],
-    tap_name: TapName,
+    host_end: Named,
     ports: Vec<Port>,
     life: Life,
     /// Batches taken since the guest's queues were looked at.
@@ -73,7 +73,7 @@ pub struct Nic {
     addresses: Addresses,
     repeats: Repeats,
     frames: Vec<Frame>,
-    received: Box<[u8]>,
+    received: Vec<u8>,
     spare: Vec<Vec<u8>>,
     /// That the TAP takes no frames was said.
     said_unsent: bool,
@@ -84,20 +84,20 @@ pub struct Nic {
 }
 
 impl Nic {
-    /// A plain device on the TAP of this name, which is not touched yet.
+    /// A plain device on what is named here, which is not touched yet.
     #[must_use]
-    pub fn new(tap_name: TapName, mac: [u8; 6]) -> Self {
-        Self::on(tap_name, Vec::new(), Shape::plain(mac))
+    pub fn new(host_end: Named, mac: [u8; 6]) -> Self {
+        Self::on(host_end, Vec::new(), Shape::plain(mac))
     }
 
-    /// A device on these queues of a TAP, one for each pair.
+    /// A device on these queues, one for each pair.
     #[must_use]
-    pub fn on(tap_name: TapName, taps: Vec<Tap>, shape: Shape) -> Self {
+    pub fn on(host_end: Named, ends: Vec<HostEnd>, shape: Shape) -> Self {
         Self {
             guest: NetGuestSide::with_shape(shape),
             mac: shape.mac,
-            tap_name,
-            ports: (0..).zip(taps).map(|(pair, tap)| Port::new(pair, tap)).collect(),
+            host_end,
+            ports: (0..).zip(ends).map(|(pair, end)| Port::new(pair, end)).collect(),
             life: Life::Alone,
             batches: 0,
             hold: Hold::default(),
@@ -106,7 +106,7 @@ impl Nic {
             addresses: Addresses::default(),
             repeats: Repeats::default(),
             frames: Vec::new(),
-            received: vec![0; HEADER_BYTES + FRAME_BYTES_MAX].into_boxed_slice(),
+            received: Vec::new(),
             spare: Vec::new(),
             said_unsent: false,
             teller: Teller::default(),
@@ -149,11 +149,10 @@ impl Nic {
         for (pair, port) in self.ports.iter_mut().enumerate() {
             let runs = self.guest.is_configured(2 * pair as u16);
             if runs != port.is_attached() {
-                port.set_attached(runs, self.guest.counters(), io).map_err(|error| {
-                    End::environment(format!("a queue of TAP '{}' is gone: {error}", self.tap_name))
-                })?;
+                port.set_attached(runs, self.guest.counters(), io)
+                    .map_err(|error| End::environment(format!("a queue of '{}' is gone: {error}", self.host_end)))?;
                 let state = if runs { "attached" } else { "detached" };
-                info!(tap = %self.tap_name, pair, "{state}");
+                info!(interface = %self.host_end, pair, "{state}");
             }
         }
         Ok(())
@@ -169,7 +168,7 @@ impl Nic {
             let queue = 2 * frame.pair() as u16 + 1;
             self.guest.counters().lose(queue, Lost::Interface, 1);
             if !std::mem::replace(&mut self.said_unsent, true) {
-                warn!(%error, "the TAP takes no frames");
+                warn!(%error, "the interface takes no frames");
             }
             return;
         }
@@ -195,6 +194,7 @@ impl Nic {
 
     /// Reads one frame; `None`, and a poll for the next, if there is none.
     fn receive(&mut self, io: &mut Uring) -> io::Result<Option<usize>> {
+        self.received.clear();
         match self.ports.first_mut() {
             Some(port) => port.receive(&mut self.received, self.guest.counters(), io),
             None => Ok(None),
@@ -258,7 +258,7 @@ impl Nic {
     }
 
     fn tap_gone(&self, error: &io::Error) -> End {
-        End::environment(format!("TAP '{}' is gone: {error}", self.tap_name))
+        End::environment(format!("'{}' is gone: {error}", self.host_end))
     }
 }
 
@@ -294,10 +294,10 @@ impl Device for Nic {
 
     fn set_features(&mut self, features: u64) {
         self.guest.set_features(features);
-        if let (true, Some(port)) = (self.is_free(), self.ports.first())
+        if let (true, Some(port)) = (self.is_free(), self.ports.first_mut())
             && let Err(error) = port.set_offloads(features)
         {
-            warn!(%error, "the TAP goes on with the offloads it had");
+            warn!(%error, "the interface goes on with the offloads it had");
         }
     }
 
@@ -314,12 +314,12 @@ impl Device for Nic {
     fn start(&mut self, life: Life, io: &mut Uring) -> Result<(), End> {
         self.life = life;
         if !self.is_free() {
-            let tap = Tap::open(&self.tap_name).map_err(End::environment)?;
-            let mut port = Port::new(0, tap);
+            let end = self.host_end.open().map_err(End::environment)?;
+            let mut port = Port::new(0, end);
             port.set_attached(true, self.guest.counters(), io)
                 .map_err(|error| self.tap_gone(&error))?;
             self.ports = vec![port];
-            info!(tap = %self.tap_name, "attached");
+            info!(interface = %self.host_end, "attached");
         }
         Ok(())
     }

@@ -1,24 +1,21 @@
-//! One queue of the TAP, as the device's thread sees it: whether frames may come to it, and whether some are there.
+//! One queue of the host's end, as the device's thread sees it: whether frames may come to it, and whether some are there.
 
 use std::{io, os::fd::AsRawFd};
 
 use ft_client::counters::{Counters, Lost};
-use ft_vhost::{
-    device::Uring,
-    guest_side::net::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES, LENGTH_BYTES},
-};
+use ft_vhost::{device::Uring, guest_side::net::LENGTH_BYTES};
 
-use crate::tap::Tap;
+use crate::{host_end::HostEnd, tap::Received};
 
 /// Token of the first port's poll.
 const TOKEN_TAP: u64 = 1;
 /// Frames of before its start that a queue may hold: more than the kernel keeps (txqueuelen).
 const OLD_FRAMES_MAX: usize = 1 << 16;
 
-/// One queue of the TAP.
+/// One queue of the host's end.
 #[derive(Debug)]
 pub struct Port {
-    tap: Tap,
+    end: HostEnd,
     /// The queue of the device that receives what comes here.
     queue: u16,
     token: u64,
@@ -31,9 +28,9 @@ pub struct Port {
 impl Port {
     /// The queue of a pair.
     #[must_use]
-    pub fn new(pair: u16, tap: Tap) -> Self {
+    pub fn new(pair: u16, end: HostEnd) -> Self {
         Self {
-            tap,
+            end,
             queue: 2 * pair,
             token: TOKEN_TAP + u64::from(pair),
             attached: false,
@@ -65,13 +62,12 @@ impl Port {
     /// # Errors
     /// As ioctl(2) and read(2).
     pub fn set_attached(&mut self, attached: bool, counters: &Counters, io: &mut Uring) -> io::Result<()> {
-        self.tap.set_attached(attached)?;
+        self.end.set_attached(attached)?;
         self.attached = attached;
         self.readable = false;
         if attached {
-            let mut old = [0; HEADER_BYTES];
             for _ in 0..OLD_FRAMES_MAX {
-                if self.tap.receive(&mut old)?.is_none() {
+                if !self.end.discard()? {
                     break;
                 }
                 counters.lose(self.queue, Lost::Stale, 1);
@@ -84,7 +80,7 @@ impl Port {
     /// Asks to be told when there is something.
     fn arm(&mut self, io: &mut Uring) {
         if !std::mem::replace(&mut self.polling, true) {
-            io.poll(self.tap.as_raw_fd(), self.token);
+            io.poll(self.end.as_raw_fd(), self.token);
         }
     }
 
@@ -103,47 +99,41 @@ impl Port {
     ///
     /// # Errors
     /// As ioctl(2).
-    pub fn set_offloads(&self, features: u64) -> io::Result<()> {
-        self.tap.set_offloads(features)
+    pub fn set_offloads(&mut self, features: u64) -> io::Result<()> {
+        self.end.set_offloads(features)
     }
 
-    /// Reads one frame with its header; `None`, and a poll for the next, if there is none. Runts are lost here.
+    /// Appends one frame with its header; `None`, and a poll for the next, if there is none. Frames that are not for the guest are lost here.
     ///
     /// # Errors
     /// As read(2).
-    pub fn receive(&mut self, buffer: &mut [u8], counters: &Counters, io: &mut Uring) -> io::Result<Option<usize>> {
-        while let Some(bytes) = self.tap.receive(buffer)? {
-            if bytes >= HEADER_BYTES + FRAME_BYTES_MIN {
-                return Ok(Some(bytes));
+    pub fn receive(&mut self, buffer: &mut Vec<u8>, counters: &Counters, io: &mut Uring) -> io::Result<Option<usize>> {
+        loop {
+            match self.end.receive_onto(buffer)? {
+                Received::Frame(bytes) => return Ok(Some(bytes)),
+                Received::Lost(why) => counters.lose(self.queue, why, 1),
+                Received::Nothing => {
+                    self.readable = false;
+                    self.arm(io);
+                    return Ok(None);
+                }
             }
-            counters.lose(self.queue, Lost::Runt, 1);
         }
-        self.readable = false;
-        self.arm(io);
-        Ok(None)
     }
 
-    /// Appends one frame with its header and length to a payload; `false`, and a poll for the next, if there is none. Runts are lost here.
+    /// The same with the frame's length before it, as a payload has it; `false` if there is none.
     ///
     /// # Errors
     /// As read(2).
     pub fn receive_onto(&mut self, payload: &mut Vec<u8>, counters: &Counters, io: &mut Uring) -> io::Result<bool> {
         let start = payload.len();
-        loop {
-            payload.extend_from_slice(&[0; LENGTH_BYTES]);
-            let Some(bytes) = self.tap.receive_onto(payload, HEADER_BYTES + FRAME_BYTES_MAX)? else {
-                payload.truncate(start);
-                self.readable = false;
-                self.arm(io);
-                return Ok(false);
-            };
-            if bytes >= HEADER_BYTES + FRAME_BYTES_MIN {
-                payload[start..start + LENGTH_BYTES].copy_from_slice(&(bytes as u32).to_le_bytes());
-                return Ok(true);
-            }
-            counters.lose(self.queue, Lost::Runt, 1);
+        payload.extend_from_slice(&[0; LENGTH_BYTES]);
+        let Some(bytes) = self.receive(payload, counters, io)? else {
             payload.truncate(start);
-        }
+            return Ok(false);
+        };
+        payload[start..start + LENGTH_BYTES].copy_from_slice(&(bytes as u32).to_le_bytes());
+        Ok(true)
     }
 
     /// Sends one frame with its header.
@@ -151,7 +141,7 @@ impl Port {
     /// # Errors
     /// As write(2).
     pub fn send(&mut self, frame: &[u8]) -> io::Result<()> {
-        self.tap.send(frame)
+        self.end.send(frame)
     }
 }
 
@@ -162,14 +152,17 @@ mod tests {
         os::{fd::OwnedFd, unix::net::UnixDatagram},
     };
 
+    use ft_vhost::guest_side::net::{FRAME_BYTES_MIN, HEADER_BYTES};
+
     use super::*;
+    use crate::tap::Tap;
 
     /// A port, the far end of what it reads, and what it counts.
     fn port() -> (Port, UnixDatagram, Counters) {
         let (near, far) = UnixDatagram::pair().unwrap();
         near.set_nonblocking(true).unwrap();
         let tap = Tap::from(File::from(OwnedFd::from(near)));
-        (Port::new(1, tap), far, Counters::own(4))
+        (Port::new(1, HostEnd::Tap(tap)), far, Counters::own(4))
     }
 
     fn lost(counters: &Counters) -> [u64; 2] {
@@ -208,9 +201,10 @@ mod tests {
         for bytes in [shortest - 1, shortest] {
             far.send(&vec![7; bytes]).unwrap();
         }
-        let mut buffer = [0; 100];
+        let mut buffer = Vec::new();
         let received = port.receive(&mut buffer, &counters, &mut io).unwrap();
-        assert_eq!((received, lost(&counters)), (Some(shortest), [0, 3]));
+        assert_eq!((received, buffer.len()), (Some(shortest), shortest));
+        assert_eq!(lost(&counters), [0, 3]);
         assert_eq!(port.receive(&mut buffer, &counters, &mut io).unwrap(), None);
     }
 }

@@ -6,13 +6,14 @@ use std::{
     io::{self, Read, Write},
     os::{
         fd::{AsRawFd, FromRawFd, RawFd},
-        unix::fs::OpenOptionsExt,
+        unix::fs::{MetadataExt, OpenOptionsExt},
     },
     str::FromStr,
     time::{Duration, Instant},
 };
 
-use ft_vhost::guest_side::net::{HEADER_BYTES, MTUS};
+use ft_client::counters::Lost;
+use ft_vhost::guest_side::net::{FRAME_BYTES_MIN, HEADER_BYTES, MTUS};
 use nix::{
     net::if_::if_nametoindex,
     sys::socket::{AddressFamily, SockFlag, SockType, socket},
@@ -26,7 +27,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_USO,
 };
 
-/// Why a TAP cannot be used.
+/// Why a TAP, or what stands in its place, cannot be used.
 #[derive(Debug, Error)]
 pub enum TapError {
     /// The kernel would silently create another.
@@ -66,11 +67,32 @@ pub enum TapError {
     /// Queues that were inherited belong together.
     #[error("the descriptors are of different interfaces: '{0}' and '{1}'")]
     Different(TapName, TapName),
+    /// No such socket, or not on this interface.
+    #[error(
+        "cannot open a packet socket on '{name}': {source}. Is it an Ethernet interface, and is CAP_NET_RAW given? Linux 4.20 is the oldest that will do"
+    )]
+    Packet {
+        /// Interface.
+        name: TapName,
+        /// Why.
+        source: io::Error,
+    },
+    /// Frames that nobody sent like this would be lost.
+    #[error(
+        "'{0}' puts frames together, which the driver of a protected VM cannot take: ethtool -K {0} gro off lro off"
+    )]
+    Merges(TapName),
+    /// Only Ethernet has addresses for a guest.
+    #[error("'{0}' is not an Ethernet interface")]
+    NotEthernet(TapName),
     /// Bridges and the host would take the guest's frames for the interface's own.
-    #[error("the guest cannot have the address of TAP '{0}' itself: give it another --mac")]
+    #[error("the guest cannot have the address of '{0}' itself: give it another --mac")]
     Mac(TapName),
+    /// A macvtap gives what is for its own address, and nothing else.
+    #[error("macvtap '{0}' is for a guest with its own address: leave --mac out, or ip link set {0} address, which is {mac} now", mac = shown(.1))]
+    MacvtapMac(TapName, [u8; 6]),
     /// Longer frames would be lost.
-    #[error("the guest is to be told an MTU of {mtu}, but TAP '{name}' has {has}: ip link set {name} mtu {mtu}")]
+    #[error("the guest is to be told an MTU of {mtu}, but '{name}' has {has}: ip link set {name} mtu {mtu}")]
     Mtu {
         /// Interface.
         name: TapName,
@@ -79,6 +101,10 @@ pub enum TapError {
         /// MTU for the guest.
         mtu: u16,
     },
+}
+
+fn shown(mac: &[u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 impl TapError {
@@ -114,8 +140,14 @@ impl fmt::Display for TapName {
 }
 
 impl TapName {
+    /// Its characters.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
     /// An ioctl's argument that names the interface.
-    fn request(&self) -> libc::ifreq {
+    pub(crate) fn request(&self) -> libc::ifreq {
         // SAFETY: an all-zero ifreq is a valid value of that plain C structure.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         for (to, from) in request.ifr_name.iter_mut().zip(self.0.bytes()) {
@@ -129,22 +161,27 @@ impl TapName {
     /// # Errors
     /// [`TapError`] if that guest cannot be behind this interface.
     pub fn mtu_for(&self, mac: [u8; 6], mtu: Option<u16>) -> Result<Option<u16>, TapError> {
-        let failed = TapError::of(self);
-        let (mut link, mut size) = (self.request(), self.request());
-        let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
-            .map_err(|error| TapError::of(self)(error.into()))?;
-        let fd = socket.as_raw_fd();
-        // SAFETY: the socket is open; each request gets the argument type it is defined with, alive for the call, and fills in the part
-        // that is read.
-        let (own, has) = unsafe {
-            check(libc::ioctl(fd, libc::SIOCGIFHWADDR, &raw mut link))
-                .and_then(|()| check(libc::ioctl(fd, libc::SIOCGIFMTU, &raw mut size)))
-                .map_err(failed)?;
-            (link.ifr_ifru.ifru_hwaddr.sa_data, size.ifr_ifru.ifru_mtu)
-        };
-        if own[..6].iter().map(|byte| *byte as u8).eq(mac) {
+        let (own, _) = self.facts()?;
+        if own == mac {
             return Err(TapError::Mac(self.clone()));
         }
+        self.mtu(mtu)
+    }
+
+    /// The address of the interface, which a macvtap's guest has, and the MTU that the guest is told.
+    ///
+    /// # Errors
+    /// [`TapError`], also if the guest is to have another address.
+    pub fn macvtap_for(&self, mac: Option<[u8; 6]>, mtu: Option<u16>) -> Result<([u8; 6], Option<u16>), TapError> {
+        let (own, _) = self.facts()?;
+        if mac.is_some_and(|mac| mac != own) {
+            return Err(TapError::MacvtapMac(self.clone(), own));
+        }
+        Ok((own, self.mtu(mtu)?))
+    }
+
+    fn mtu(&self, mtu: Option<u16>) -> Result<Option<u16>, TapError> {
+        let (_, has) = self.facts()?;
         match mtu {
             Some(mtu) if i32::from(mtu) > has => Err(TapError::Mtu {
                 name: self.clone(),
@@ -153,6 +190,28 @@ impl TapName {
             }),
             Some(mtu) => Ok(Some(mtu)),
             None => Ok(u16::try_from(has).ok().filter(|has| MTUS.contains(has))),
+        }
+    }
+
+    /// Address and MTU of the interface.
+    fn facts(&self) -> Result<([u8; 6], i32), TapError> {
+        let failed = TapError::of(self);
+        let (mut link, mut size) = (self.request(), self.request());
+        let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
+            .map_err(|error| TapError::of(self)(error.into()))?;
+        let fd = socket.as_raw_fd();
+        // SAFETY: the socket is open; each request gets the argument type it is defined with, alive for the call, and fills in the part
+        // that is read.
+        let (kind, own, has) = unsafe {
+            check(libc::ioctl(fd, libc::SIOCGIFHWADDR, &raw mut link))
+                .and_then(|()| check(libc::ioctl(fd, libc::SIOCGIFMTU, &raw mut size)))
+                .map_err(failed)?;
+            let address = link.ifr_ifru.ifru_hwaddr;
+            (address.sa_family, address.sa_data, size.ifr_ifru.ifru_mtu)
+        };
+        match kind {
+            libc::ARPHRD_ETHER => Ok((std::array::from_fn(|at| own[at] as u8), has)),
+            _ => Err(TapError::NotEthernet(self.clone())),
         }
     }
 
@@ -167,23 +226,42 @@ impl TapName {
     }
 }
 
+/// Numbers of /dev/net/tun (Linux' devices.txt); a macvtap's device has others.
+const TUN_MAJOR: libc::c_uint = 10;
+const TUN_MINOR: libc::c_uint = 200;
 /// How long a TAP that somebody has is tried again: the kernel takes it from a daemon that was killed a moment after its end.
 const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 /// How often: nothing tells when it is free.
 const BUSY_RETRY: Duration = Duration::from_millis(10);
+
+/// What a look for a frame gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// Nothing is there.
+    Nothing,
+    /// A frame, and its bytes with the header.
+    Frame(usize),
+    /// A frame that is not for the guest.
+    Lost(Lost),
+}
 
 /// One queue of an attached TAP (or macvtap). Frames carry a header of [`HEADER_BYTES`].
 #[derive(Debug)]
 pub struct Tap {
     file: File,
     many: bool,
+    is_macvtap: bool,
 }
 
 #[cfg(test)]
 impl From<File> for Tap {
     /// Something else that gives and takes frames.
     fn from(file: File) -> Self {
-        Self { file, many: false }
+        Self {
+            file,
+            many: false,
+            is_macvtap: false,
+        }
     }
 }
 
@@ -271,7 +349,11 @@ impl Tap {
             std::thread::sleep(BUSY_RETRY);
         }
         let many = more & libc::IFF_MULTI_QUEUE != 0;
-        Ok(Self { file, many })
+        Ok(Self {
+            file,
+            many,
+            is_macvtap: false,
+        })
     }
 
     /// A queue that somebody else attached: of a TAP with IFF_VNET_HDR and IFF_NO_PI, or a macvtap.
@@ -291,9 +373,11 @@ impl Tap {
             let reason = "not a TAP with IFF_VNET_HDR and IFF_NO_PI";
             return Err(refused(io::Error::new(io::ErrorKind::InvalidInput, reason)));
         }
+        let metadata = file.metadata().map_err(refused)?;
         let tap = Self {
             file,
             many: flags & libc::IFF_MULTI_QUEUE != 0,
+            is_macvtap: metadata.rdev() != libc::makedev(TUN_MAJOR, TUN_MINOR),
         };
         prepare(&tap.file)
             .and_then(|()| tap.set_offloads(0))
@@ -310,7 +394,14 @@ impl Tap {
         Ok(Self {
             file: self.file.try_clone()?,
             many: self.many,
+            is_macvtap: self.is_macvtap,
         })
+    }
+
+    /// Whether it is a macvtap's.
+    #[must_use]
+    pub fn is_macvtap(&self) -> bool {
+        self.is_macvtap
     }
 
     /// Whether frames may come to this queue: the kernel distributes them among those that are attached. An interface with one queue
@@ -391,36 +482,39 @@ impl Tap {
         })
     }
 
-    /// Reads one frame with its header; `None` if there is none.
+    /// Drops the next frame; `false` if there is none.
     ///
     /// # Errors
     /// As read(2).
-    pub fn receive(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        match (&self.file).read(buffer) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+    pub fn discard(&self) -> io::Result<bool> {
+        match (&self.file).read(&mut [0; HEADER_BYTES]) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
             Err(error) => Err(error),
         }
     }
 
-    /// Reads one frame of at most `bytes_max` with its header, and appends it; `None` if there is none.
+    /// Reads one frame of at most `bytes_max` with its header, and appends it. A runt is dropped.
     ///
     /// # Errors
     /// As read(2).
-    pub fn receive_onto(&self, buffer: &mut Vec<u8>, bytes_max: usize) -> io::Result<Option<usize>> {
+    pub fn receive_onto(&self, buffer: &mut Vec<u8>, bytes_max: usize) -> io::Result<Received> {
         buffer.reserve(bytes_max);
         let (fd, start) = (self.file.as_raw_fd(), buffer.len());
         // SAFETY: the buffer has room for `bytes_max` bytes behind its content, and nobody else has it during the call.
         let result = unsafe { libc::read(fd, buffer.as_mut_ptr().add(start).cast(), bytes_max) };
         let Ok(bytes) = usize::try_from(result) else {
             return match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+                error if error.kind() == io::ErrorKind::WouldBlock => Ok(Received::Nothing),
                 error => Err(error),
             };
         };
+        if bytes < HEADER_BYTES + FRAME_BYTES_MIN {
+            return Ok(Received::Lost(Lost::Runt));
+        }
         // SAFETY: the kernel wrote so many bytes there, at most `bytes_max`.
         unsafe { buffer.set_len(start + bytes) };
-        Ok(Some(bytes))
+        Ok(Received::Frame(bytes))
     }
 
     /// Sends one frame with its header.
@@ -477,7 +571,7 @@ fn interface(file: &File) -> io::Result<(TapName, libc::c_int)> {
     Ok((TapName(name), libc::c_int::from(flags as u16)))
 }
 
-fn check(result: libc::c_int) -> io::Result<()> {
+pub(crate) fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -107,6 +107,8 @@ pub enum Lost {
     Stopped,
     /// Was in the interface's queue before the device's queue ran.
     Stale,
+    /// Received, and still to be cut in a way that the driver does not take.
+    Offload,
     /// Transmitted without a whole Ethernet header.
     TooShort,
     /// Transmitted, and longer than any frame.
@@ -127,13 +129,14 @@ pub enum Lost {
 
 impl Lost {
     /// On a queue that receives.
-    pub const RECEIVED: [(Self, &'static str); 6] = [
+    pub const RECEIVED: [(Self, &'static str); 7] = [
         (Self::NoDriver, "no_driver"),
         (Self::NoBuffers, "no_buffers"),
         (Self::TooLarge, "too_large"),
         (Self::Runt, "runt"),
         (Self::Stopped, "stopped"),
         (Self::Stale, "stale"),
+        (Self::Offload, "offload"),
     ];
     /// On a queue that transmits.
     pub const TRANSMITTED: [(Self, &'static str); 8] = [

@@ -46,6 +46,12 @@ pub fn frame(number: u32, length: usize) -> Vec<u8> {
     frame
 }
 
+/// Has an interface go up, with nothing of the host's own on it.
+pub fn up(interface: &str) {
+    std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), "1").ok();
+    ip(&["link", "set", interface, "up"]);
+}
+
 impl Wire {
     /// Makes the namespace and the TAP, and listens on it.
     pub fn in_a_new_namespace(tap: &str) -> Self {
@@ -60,10 +66,21 @@ impl Wire {
             "this test needs /dev/net/tun"
         );
         ip(&[&["tuntap", "add", tap, "mode", "tap"], options].concat());
-        // Nothing of the host's own on this wire.
-        std::fs::write(format!("/proc/sys/net/ipv6/conf/{tap}/disable_ipv6"), "1").ok();
-        ip(&["link", "set", tap, "up"]);
-        let index = nix::net::if_::if_nametoindex(tap).unwrap();
+        up(tap);
+        Self::on(tap)
+    }
+
+    /// Makes the namespace and a pair of Ethernet interfaces with a cable between them, and listens on the `far` one.
+    pub fn with_cable(near: &str, far: &str) -> Self {
+        unshare(CloneFlags::CLONE_NEWNET).expect("a new network namespace: this test needs root");
+        ip(&["link", "add", near, "type", "veth", "peer", "name", far]);
+        up(near);
+        up(far);
+        Self::on(far)
+    }
+
+    fn on(interface: &str) -> Self {
+        let index = nix::net::if_::if_nametoindex(interface).unwrap();
         let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None).unwrap();
         let protocol = (libc::ETH_P_ALL as u16).to_be();
         // SAFETY: an all-zero sockaddr_ll is a valid value of that plain C structure.
