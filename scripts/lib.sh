@@ -52,6 +52,8 @@ need_tools() {
   need_command unshare util-linux
   need_command cc gcc
   need_command protoc protobuf-compiler
+  # A separate package, which protobuf-compiler only recommends.
+  protoc --descriptor_set_out=/dev/null google/protobuf/descriptor.proto 2>/dev/null || need_package libprotobuf-dev protoc
   need_cargo
 }
 
