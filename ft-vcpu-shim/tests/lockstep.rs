@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use ft_client::events::monotonic_ns;
 use ft_protocol::{Body, Generation, Lsn, Role, entry::Entry};
 use ft_vcpu_shim::{
     command::machine::{MachineArgs, Positions},
@@ -14,17 +15,18 @@ use ft_vcpu_shim::{
     lockstep::{
         branches::{self, BranchClock},
         digest::Digests,
-        execution::{End, Execution},
+        execution::{End, Execution, Step},
         history::{AccessKind, Event, StopRecord},
         replay::{Replayer, Successor},
         source::Source,
         timeline::Timeline,
+        virtual_clock::STANDSTILL_NS_MAX,
     },
     machine::vcpu::open_kvm,
 };
 use tiny::{
     branch_counter::FakeCounter, busy_guest, fault_guest, half_guest, halted_guest, machine, machine_of, msr_guest,
-    record, record_with, run_recorded, run_unrecorded, step_clock::StepClock,
+    record, record_with, run_recorded, run_recorded_by, run_unrecorded, step_clock::StepClock,
 };
 
 struct Frames(std::vec::IntoIter<Vec<u8>>);
@@ -374,6 +376,48 @@ fn an_unrecorded_guest_computes_the_same_and_leaves_no_log_to_replay() {
     assert_eq!(names, ["boot", "power-off"]);
     let error = replay(&args, frames).unwrap_err();
     assert!(error.to_string().contains("different machine"), "{error}");
+}
+
+/// The time that the last entry of its kind shows to the guest.
+fn last_time_ns(frames: &[Vec<u8>]) -> u64 {
+    let mut times = frames
+        .iter()
+        .filter_map(|frame| match Entry::decode(frame).unwrap().body {
+            Body::Time { now_ns, .. } => Some(now_ns),
+            _ => None,
+        });
+    times.next_back().expect("the guest reads the time")
+}
+
+/// What a full log, a state delta or a stopped process does to the machine, wherever the guest is.
+#[test]
+fn while_the_machine_stands_still_the_guest_does_not_age() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = machine(&directory);
+    let begun_ns = monotonic_ns();
+    let mut stood_ns = 0;
+    let (end, digests, frames) = run_recorded_by(&args, &directory.path().join("console"), |execution| {
+        execution.start()?;
+        for stop in 0.. {
+            if stop == 100 {
+                let stopped_ns = monotonic_ns();
+                std::thread::sleep(Duration::from_secs(2));
+                stood_ns = monotonic_ns() - stopped_ns;
+            }
+            if let Step::End(end) = execution.step()? {
+                return Ok(end);
+            }
+        }
+        unreachable!("the guest ends");
+    });
+    let host_ns = monotonic_ns() - begun_ns;
+    assert_eq!(end.unwrap(), End::PowerOff);
+    let aged_ns = last_time_ns(&frames);
+    assert!(
+        aged_ns <= host_ns - stood_ns + STANDSTILL_NS_MAX,
+        "{aged_ns} ns of {host_ns}, {stood_ns} of them at one stop"
+    );
+    assert_eq!(replay(&args, frames).unwrap(), (End::PowerOff, digests));
 }
 
 #[test]

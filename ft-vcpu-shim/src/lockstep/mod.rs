@@ -18,3 +18,4 @@ pub mod record;
 pub mod replay;
 pub mod source;
 pub mod timeline;
+pub mod virtual_clock;

@@ -12,6 +12,7 @@ use ft_protocol::{Body, DeviceId, Generation, Held, Lsn, Stop, replica::Role};
 use super::{
     pace::Pace,
     timeline::{Ahead, Answered, Happening, Promotion, Timeline, Waiting},
+    virtual_clock::VirtualClock,
 };
 use crate::error::Error;
 
@@ -32,9 +33,7 @@ pub struct Recorder {
     console: File,
     held_lines: VecDeque<Held<Vec<u8>>>,
     delivered: Vec<u64>,
-    /// Virtual time minus the host's monotonic clock.
-    offset_ns: i128,
-    last_ns: u64,
+    clock: VirtualClock,
     last_logged_exit: u64,
     last_entry: Lsn,
     pace: Pace,
@@ -51,8 +50,7 @@ impl Recorder {
             console,
             held_lines: VecDeque::new(),
             delivered,
-            offset_ns: i128::from(now_ns) - i128::from(monotonic_ns()),
-            last_ns: now_ns,
+            clock: VirtualClock::new(now_ns, monotonic_ns()),
             last_logged_exit: 0,
             last_entry: Lsn::ZERO,
             pace: Pace::default(),
@@ -67,9 +65,7 @@ impl Recorder {
     }
 
     fn virtual_ns(&mut self) -> u64 {
-        let now = i128::from(monotonic_ns()) + self.offset_ns;
-        self.last_ns = u64::try_from(now).unwrap_or(0).max(self.last_ns);
-        self.last_ns
+        self.clock.read(monotonic_ns())
     }
 
     fn append(
@@ -136,18 +132,21 @@ impl Recorder {
         }
     }
 
+    /// Sleeps until something happens for a guest that has nothing else to do.
     fn sleep(&mut self, ticket: u32, alarm_ns: Option<u64>) {
         let mut timeout = ALIVE_CHECK;
+        let slept_from = monotonic_ns();
         if !self.held_lines.is_empty() {
             timeout = CONSOLE_CHECK;
         }
         if let Some(alarm) = alarm_ns {
-            timeout = timeout.min(Duration::from_nanos(alarm.saturating_sub(self.virtual_ns())));
+            timeout = timeout.min(Duration::from_nanos(alarm.saturating_sub(self.clock.read(slept_from))));
         }
         if self.log.is_quiet() {
             timeout = timeout.min(IDLE_FLUSH);
         }
         self.region.sleep_shim(ticket, Some(timeout));
+        self.clock.slept(slept_from, monotonic_ns(), alarm_ns);
         if self.region.shim_ticket() == ticket {
             self.log.flush();
         }
@@ -298,7 +297,12 @@ impl Timeline for Recorder {
     }
 
     fn ahead(&mut self, _stop: &Stop) -> Result<Ahead, Error> {
+        self.clock.resumes(monotonic_ns());
         Ok(Ahead::Run)
+    }
+
+    fn stopped(&mut self) {
+        self.clock.stops(monotonic_ns());
     }
 
     fn is_waiting(&mut self, inputs_ready: &dyn Fn(usize) -> u64, alarm_ns: Option<u64>) -> bool {

@@ -139,6 +139,9 @@ pub trait Timeline {
     /// See [`Timeline::now`].
     fn ahead(&mut self, stop: &Stop) -> Result<Ahead, Error>;
 
+    /// The guest, which ran since [`Timeline::ahead`], stands still.
+    fn stopped(&mut self) {}
+
     /// Whether something waits for the guest to stop: an input, or an alarm.
     fn is_waiting(&mut self, inputs_ready: &dyn Fn(usize) -> u64, alarm_ns: Option<u64>) -> bool;
 

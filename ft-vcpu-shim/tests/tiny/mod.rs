@@ -412,7 +412,29 @@ pub fn run_recorded(
     console: &Path,
     prepare: impl FnOnce(&mut Execution, &Arc<Region>),
 ) -> (Result<End, Error>, Digests, Vec<Vec<u8>>) {
-    run_logged(args.load().unwrap(), console, |recorder| recorder, prepare)
+    run_logged(
+        args.load().unwrap(),
+        console,
+        |recorder| recorder,
+        |execution, region| {
+            prepare(execution, region);
+            execution.run()
+        },
+    )
+}
+
+/// Runs the guest recorded, by `run`, which may take its time between the steps.
+pub fn run_recorded_by(
+    args: &MachineArgs,
+    console: &Path,
+    run: impl FnOnce(&mut Execution) -> Result<End, Error>,
+) -> (Result<End, Error>, Digests, Vec<Vec<u8>>) {
+    run_logged(
+        args.load().unwrap(),
+        console,
+        |recorder| recorder,
+        |execution, _| run(execution),
+    )
 }
 
 /// Runs the guest as `run --unrecorded` does.
@@ -420,6 +442,7 @@ pub fn run_unrecorded(args: &MachineArgs, console: &Path) -> (Result<End, Error>
     let machine = args.load_unrecorded().unwrap();
     run_logged(machine, console, Recorder::unrecorded, |execution, _| {
         execution.set_clock(Box::new(Unrecorded));
+        execution.run()
     })
 }
 
@@ -427,7 +450,7 @@ fn run_logged(
     machine: Loaded,
     console: &Path,
     with: impl FnOnce(Recorder) -> Recorder,
-    prepare: impl FnOnce(&mut Execution, &Arc<Region>),
+    run: impl FnOnce(&mut Execution, &Arc<Region>) -> Result<End, Error>,
 ) -> (Result<End, Error>, Digests, Vec<Vec<u8>>) {
     let region = Arc::new(Region::create().unwrap());
     region.publish(Role::Recording, Generation(1), Lsn(0));
@@ -467,8 +490,7 @@ fn run_logged(
     let mut execution = machine
         .power_on(Vec::new(), Box::new(recorder), Box::new(|_, _| {}))
         .unwrap();
-    prepare(&mut execution, &region);
-    let end = execution.run();
+    let end = run(&mut execution, &region);
     ended.store(true, Ordering::Release);
     (end, execution.digests(), keeper.join().unwrap())
 }

@@ -148,10 +148,16 @@ impl Execution {
                 None => self.vcpu.run()?,
             };
             match exit {
-                Exit::Interrupted if self.must_stop()? => return self.halt(),
+                Exit::Interrupted if self.must_stop()? => {
+                    self.timeline().stopped();
+                    return self.halt();
+                }
                 Exit::Interrupted => {}
                 Exit::Trap => return Ok(Advance::Trap),
-                exit => return Ok(Advance::Exit(exit)),
+                exit => {
+                    self.timeline().stopped();
+                    return Ok(Advance::Exit(exit));
+                }
             }
         }
     }
