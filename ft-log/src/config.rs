@@ -296,6 +296,9 @@ impl Config {
             versions: Versions::SPOKEN,
             primary: self.role == Side::Primary,
             alone: self.alone,
+            // The state of the VM cannot be transferred yet.
+            joins: false,
+            takes_joiners: false,
             heartbeat_interval_ns: self.heartbeat_interval_ms * 1_000_000,
             heartbeat_misses: self.heartbeat_misses,
             channel_timeout_ns: self.channel_timeout_ms() * 1_000_000,

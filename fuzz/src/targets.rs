@@ -20,11 +20,11 @@ use ft_client::{
 };
 use ft_log::{clients, config::Config, local::Local, merge::Merger};
 use ft_protocol::{
-    DeviceId, Event, Generation, Header, Lsn, Replica, Role, Verdict,
+    Action, DeviceId, Event, Generation, Header, Lsn, Replica, Role, Verdict,
     entry::Entry,
     frame,
     limits::{FRAME_BYTES_MAX, HEADER_BYTES},
-    message::{Hello, Message, Strength},
+    message::{Hello, Message, Standing, Strength},
     versions::Versions,
 };
 
@@ -227,9 +227,15 @@ fn config(role: &str) -> Config {
 /// A peer that says whatever it likes whenever it likes: the core refuses, halts, or goes on, and its own assertions hold.
 pub fn peer(data: &[u8]) {
     let mut script = Script(data);
-    let is_primary = script.byte() & 1 == 0;
+    let kind = script.byte();
+    let is_primary = kind & 1 == 0;
+    // A primary that is alone and takes a new backup, or a host that asks to be one.
+    let repairs = kind & 4 != 0;
     thread_local!(static CONFIGS: [Config; 2] = ["backup", "primary"].map(config));
-    let config = CONFIGS.with(|configs| configs[usize::from(is_primary)].replica(1));
+    let mut config = CONFIGS.with(|configs| configs[usize::from(is_primary)].replica(1));
+    config.alone = repairs && is_primary;
+    config.joins = repairs && !is_primary;
+    config.takes_joiners = repairs;
     let mut replica = Replica::new(config, 0);
     let (mut now_ns, mut next, mut actions) = (0, 1, Vec::new());
     let fingerprint = [7; 32];
@@ -237,11 +243,21 @@ pub fn peer(data: &[u8]) {
         actions.clear();
         replica.step(now_ns, event, &mut actions);
         assert!(actions.len() < 64, "{actions:?}");
+        // What the shell does at once.
+        let synced = actions.iter().find_map(|action| match action {
+            Action::AppendSynced { instance } => Some(*instance),
+            _ => None,
+        });
+        if let Some(instance) = synced {
+            let lsn = replica.last().next();
+            replica.step(now_ns, Event::SyncedEntry { lsn, instance }, &mut actions);
+            replica.step(now_ns, Event::Appended { through: lsn }, &mut actions);
+        }
     };
     step(&mut replica, now_ns, Event::LocalReady { fingerprint });
     let mut is_up = false;
     while !script.is_empty() {
-        match script.byte() % 10 {
+        match script.byte() % 12 {
             8 => {
                 let through = Lsn(script.number() % 1000);
                 let full = script.byte() & 1 == 1;
@@ -270,9 +286,20 @@ pub fn peer(data: &[u8]) {
                 let generation = Generation(replica.generation().0.saturating_add(1));
                 step(&mut replica, now_ns, Event::Arbiter { generation, verdict });
             }
-            3 if is_primary && matches!(replica.role(), Role::Recording) => {
+            3 if replica.leads() && matches!(replica.role(), Role::Recording | Role::Live) => {
                 let through = Lsn(replica.last().0 + u64::from(script.byte()) + 1);
                 step(&mut replica, now_ns, Event::Appended { through });
+            }
+            10 => {
+                let generation = replica.generation();
+                for event in [Event::Adopted, Event::Holding { generation }] {
+                    step(&mut replica, now_ns, event);
+                }
+            }
+            11 if !replica.leads() => {
+                let lsn = Lsn(replica.last().0 + u64::from(script.byte() % 4));
+                let instance = replica.instance() + u64::from(script.byte() % 2);
+                step(&mut replica, now_ns, Event::SyncedEntry { lsn, instance });
             }
             // The right words at whatever time: a hello that matches, of a generation that may exist or not.
             9 => {
@@ -289,6 +316,7 @@ pub fn peer(data: &[u8]) {
                     instance: u64::from(script.byte() % 2) + 2,
                     ack: Strength::Received,
                     last: Lsn((script.byte() % 4).into()),
+                    standing: [Standing::Whole, Standing::Nothing, Standing::Part][usize::from(script.byte() % 3)],
                 });
                 step(&mut replica, now_ns, Event::Message { generation, message });
             }

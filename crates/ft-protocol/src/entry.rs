@@ -108,6 +108,12 @@ pub enum Body<'a> {
     },
     /// `device` engine: what the disk was told before must last.
     Flush,
+    /// The backup of this instance has the state and every entry before this one: from here on it may take over. Written by the survivor
+    /// that synchronised it; no part of the guest's execution.
+    Synced {
+        /// The backup, as its hello names it.
+        instance: u64,
+    },
     /// The guest powered off, or reset itself. The last entry.
     PowerOff {
         /// Where.
@@ -131,6 +137,8 @@ const KIND_STATE: u8 = 10;
 const KIND_WRITE: u8 = 11;
 const KIND_ZEROES: u8 = 12;
 const KIND_FLUSH: u8 = 13;
+/// Kind byte of [`Body::Synced`].
+pub const KIND_SYNCED: u8 = 14;
 
 /// A decoded entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,6 +171,7 @@ impl Body<'_> {
             Self::Write { .. } => KIND_WRITE,
             Self::Zeroes { .. } => KIND_ZEROES,
             Self::Flush => KIND_FLUSH,
+            Self::Synced { .. } => KIND_SYNCED,
         }
     }
 
@@ -183,6 +192,7 @@ impl Body<'_> {
             Self::Write { .. } => "write",
             Self::Zeroes { .. } => "zeroes",
             Self::Flush => "flush",
+            Self::Synced { .. } => "synced",
         }
     }
 
@@ -199,6 +209,7 @@ impl Body<'_> {
             Self::Write { payload, .. } => 8 + payload.len(),
             Self::Zeroes { .. } => 13,
             Self::Flush => 0,
+            Self::Synced { .. } => 8,
         }
     }
 
@@ -217,7 +228,8 @@ impl Body<'_> {
             | Self::Pages { .. }
             | Self::Write { .. }
             | Self::Zeroes { .. }
-            | Self::Flush => None,
+            | Self::Flush
+            | Self::Synced { .. } => None,
             Self::Kick(stop)
             | Self::Sync(stop)
             | Self::Deliver { stop, .. }
@@ -306,6 +318,7 @@ impl<'a> Entry<'a> {
                     out.u8(u8::from(*unmap));
                 }
                 Body::Flush => {}
+                Body::Synced { instance } => out.u64(*instance),
                 Body::Deliver { stop, through } => {
                     put_stop(&mut out, stop);
                     out.u64(*through);
@@ -367,6 +380,7 @@ impl<'a> Entry<'a> {
                 Some(Body::Zeroes { sector, sectors, unmap })
             })(),
             KIND_FLUSH => Some(Body::Flush),
+            KIND_SYNCED => reader.u64().map(|instance| Body::Synced { instance }),
             KIND_DELIVER => take_stop(&mut reader)
                 .zip(reader.u64())
                 .map(|(stop, through)| Body::Deliver { stop, through }),
@@ -469,6 +483,7 @@ mod tests {
             check(Body::Write { sector: number, payload: &payload });
             check(Body::Zeroes { sector: number, sectors: stop.position.offset, unmap: flag });
             check(Body::Flush);
+            check(Body::Synced { instance: number });
         }
 
         #[test]

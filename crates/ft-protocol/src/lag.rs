@@ -29,6 +29,15 @@ pub struct Lag {
 }
 
 impl Lag {
+    /// The entries up to here are nobody's to replay.
+    #[must_use]
+    pub fn after(last: Lsn) -> Self {
+        Self {
+            last,
+            ..Self::default()
+        }
+    }
+
     /// Entries through `through` were appended at `now_ns`.
     pub fn appended(&mut self, through: Lsn, now_ns: u64) {
         let is_new = self

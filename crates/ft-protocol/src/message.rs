@@ -58,6 +58,8 @@ pub enum Message {
         /// For the other side's operator.
         reason: String,
     },
+    /// New backup to survivor: the state is here, whole. Said again on each new channel while `Synced` has not come.
+    Adopted,
     /// Backup to primary: how far it is. The header's LSN is what it has received.
     Ack(Watermarks),
     /// The sender's replica ended: take over, or go on alone.
@@ -80,6 +82,22 @@ pub enum Message {
     },
 }
 
+/// What the sender of a hello has of the VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Standing {
+    /// The whole: it is the primary, a backup from the log's first entry on, or one that is synchronised.
+    #[default]
+    Whole,
+    /// Nothing. It asks a live side to synchronise it as its new backup.
+    Nothing,
+    /// Something, which is not enough to take over: it is being synchronised.
+    Part,
+}
+
+impl Standing {
+    const ALL: [Self; 3] = [Self::Whole, Self::Nothing, Self::Part];
+}
+
 /// Who a side is, what it would run, and where it stands.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Hello {
@@ -95,11 +113,13 @@ pub struct Hello {
     pub instance: u64,
     /// What the primary waits for; a backup repeats it.
     pub ack: Strength,
-    /// The sender's last entry (header LSN).
+    /// The sender's last entry (header LSN). Where it answers a host that has nothing: the last entry whose effect is in the state.
     pub last: Lsn,
+    /// What the sender has. Those who speak no version that knows it have the whole.
+    pub standing: Standing,
 }
 
-/// Bytes of a hello's body but for the VM's name.
+/// Bytes of a hello's body but for the VM's name and what version 4 appended.
 const HELLO_BYTES: usize = 51;
 
 const KIND_HELLO: u8 = 128;
@@ -107,6 +127,7 @@ const KIND_REFUSE: u8 = 129;
 const KIND_ACK: u8 = 130;
 const KIND_GONE: u8 = 131;
 const KIND_HEARTBEAT: u8 = 132;
+const KIND_ADOPTED: u8 = 133;
 
 /// Short stable name of a VM for datagrams (FNV-1a); a collision is caught by the channel's hello.
 #[must_use]
@@ -133,9 +154,11 @@ impl Message {
         let (kind, lsn, length) = match self {
             Self::Hello(hello) => {
                 assert!(hello.vm.len() <= VM_NAME_BYTES_MAX);
-                (KIND_HELLO, hello.last, HELLO_BYTES + hello.vm.len())
+                let appended = usize::from(hello.says_standing());
+                (KIND_HELLO, hello.last, HELLO_BYTES + hello.vm.len() + appended)
             }
             Self::Refuse { reason } => (KIND_REFUSE, Lsn::ZERO, truncated(reason).len()),
+            Self::Adopted => (KIND_ADOPTED, Lsn::ZERO, 0),
             Self::Ack(watermarks) => (KIND_ACK, watermarks.received, 16),
             Self::Gone { reason } => (KIND_GONE, Lsn::ZERO, truncated(reason).len()),
             Self::Heartbeat { lsn, .. } => (KIND_HEARTBEAT, *lsn, 25),
@@ -161,7 +184,11 @@ impl Message {
                     body.u32(hello.versions.oldest);
                     body.u8(hello.vm.len() as u8);
                     body.bytes(hello.vm.as_bytes());
+                    if hello.says_standing() {
+                        body.u8(hello.standing as u8);
+                    }
                 }
+                Self::Adopted => {}
                 Self::Refuse { reason } | Self::Gone { reason } => body.bytes(truncated(reason).as_bytes()),
                 Self::Ack(watermarks) => {
                     body.u64(watermarks.durable.0);
@@ -216,6 +243,11 @@ impl Message {
                 if vm.len() > VM_NAME_BYTES_MAX || primary > 1 || oldest > newest {
                     return Err(malformed);
                 }
+                let standing = match newest >= Versions::FIRST_WITH_REPAIR {
+                    true => reader.u8().ok_or(malformed)?,
+                    false => 0,
+                };
+                let standing = *Standing::ALL.get(usize::from(standing)).ok_or(malformed)?;
                 // Who speaks a newer version may have more to say, which is for those who understand it.
                 if newest <= Versions::SPOKEN.newest && !reader.is_empty() {
                     return Err(malformed);
@@ -228,8 +260,11 @@ impl Message {
                     instance,
                     ack,
                     last: lsn,
+                    standing,
                 })
             }
+            KIND_ADOPTED if reader.is_empty() => Self::Adopted,
+            KIND_ADOPTED => return Err(malformed),
             KIND_REFUSE => Self::Refuse { reason: text(body)? },
             KIND_GONE => Self::Gone { reason: text(body)? },
             KIND_ACK => {
@@ -277,7 +312,12 @@ impl Hello {
             instance: 0,
             ack: Strength::default(),
             last: Lsn::ZERO,
+            standing: Standing::default(),
         }
+    }
+
+    fn says_standing(&self) -> bool {
+        self.versions.newest >= Versions::FIRST_WITH_REPAIR
     }
 
     /// Why `self` (what this side is) cannot be paired with `other`; `None` if it can.
@@ -326,13 +366,18 @@ mod tests {
             instance: 11,
             ack: Strength::Durable,
             last: Lsn(12),
+            standing: Standing::Whole,
         }
     }
 
     #[test]
     fn every_message_reads_back() {
+        let standing = |standing| Message::Hello(Hello { standing, ..hello() });
         for message in [
             Message::Hello(hello()),
+            standing(Standing::Nothing),
+            standing(Standing::Part),
+            Message::Adopted,
             Message::Refuse { reason: "no".into() },
             Message::Ack(Watermarks {
                 received: Lsn(99),
@@ -364,7 +409,12 @@ mod tests {
         let Ok((_, Message::Hello(read))) = Message::decode(&bytes) else {
             panic!("not read");
         };
-        assert!(hello().mismatch(&read).unwrap().contains("version 2 there, 3 here"));
+        assert!(
+            hello()
+                .mismatch(&read)
+                .unwrap()
+                .contains("version 2 there, 3 to 4 here")
+        );
     }
 
     fn hello_of(oldest: u32, newest: u32) -> Hello {

@@ -11,6 +11,7 @@
 //!   progress.
 //! - 3: hello with the range of versions that its sender speaks. Its fields keep their places for ever: a later version may only append
 //!   to them, so that sides without a common version can still tell each other so. Entries of the device engine.
+//! - 4: hello says what its sender has (a host that holds nothing asks to be synchronised); `adopted`; the entry `synced`.
 //!
 //! Releases of 1 and 2 speak one version each, and this one none of them. The table of all formats is in docs/log-format.md.
 
@@ -27,9 +28,11 @@ pub struct Versions {
 
 impl Versions {
     /// What this release speaks.
-    pub const SPOKEN: Self = Self { oldest: 3, newest: 3 };
+    pub const SPOKEN: Self = Self { oldest: 3, newest: 4 };
     /// The first whose hello has a range.
     pub(crate) const FIRST_WITH_RANGE: u32 = 3;
+    /// The first in which a live side can take a new backup.
+    pub(crate) const FIRST_WITH_REPAIR: u32 = 4;
 
     /// The version that two sides use: the highest that both speak.
     #[must_use]

@@ -1,7 +1,12 @@
 //! The model of ft-log's logging channel: encoding, reassembly, flow control, connecting and closing. Breaks, hellos and what is
 //! sent again are the core's ([`ft_protocol::replica`], [`ft_protocol::backlog`]).
 
-use ft_protocol::{Event, Header, Lsn, Place, Role, Strength, entry::KIND_POWER_OFF, frame, message::Message};
+use ft_protocol::{
+    Body, Event, Header, Lsn, Place, Role, Strength,
+    entry::{Entry, KIND_POWER_OFF, KIND_SYNCED},
+    frame,
+    message::Message,
+};
 use rand::Rng;
 
 use crate::{
@@ -27,6 +32,9 @@ impl World {
     // ---- sending -----------------------------------------------------------------------------------------------------
 
     pub(crate) fn send_message(&mut self, id: HostId, message: &Message) {
+        if matches!(message, Message::Adopted) && self.is_mutant(Mutant::WinUnsynced) {
+            return;
+        }
         let is_ack = matches!(message, Message::Ack(_));
         let deed = if is_ack { Deed::Ack } else { Deed::Send };
         if self.passes(id, Point { deed, after: false }) {
@@ -183,7 +191,14 @@ impl World {
                 self.was_read(id, length);
                 let (generation, message) = Message::decode(&bytes).expect("the network does not change bytes");
                 let generation = self.heard(id, generation);
+                let acknowledged = match &message {
+                    Message::Ack(said) if self.is_mutant(Mutant::CountUnsynced) => Some(said.received),
+                    _ => None,
+                };
                 self.drive(id, Event::Message { generation, message });
+                if let Some(received) = acknowledged {
+                    self.count_unsynced(id, received);
+                }
             }
         }
         self.tell_full(id, false);
@@ -214,7 +229,7 @@ impl World {
         let last = host.replica.last();
         let connection = host.connection.expect("checked by the caller");
         let mut room = replay_entries_max.saturating_sub(host.replay.len()).max(1);
-        let (mut read, mut run, mut power_off) = (0, Vec::new(), None);
+        let (mut read, mut run, mut power_off, mut synced) = (0, Vec::new(), None, None);
         let mut next = first.lsn;
         while room > 0 {
             let host = self.host(id);
@@ -231,6 +246,11 @@ impl World {
             if header.kind == KIND_POWER_OFF {
                 power_off = Some(header.lsn);
             }
+            if let (KIND_SYNCED, Ok(entry)) = (header.kind, Entry::decode(bytes))
+                && let Body::Synced { instance } = entry.body
+            {
+                synced = Some((entry.lsn, instance));
+            }
             run.push(bytes.to_vec());
             read += length;
             next = next.next();
@@ -238,6 +258,10 @@ impl World {
         }
         self.host(id).rx.drain(..read);
         self.was_read(id, read);
+        if !self.host(id).replica.is_channel_open() {
+            // The core has broken the channel, and the daemon reads what had arrived before.
+            return;
+        }
         let heard = self.heard(id, first.generation);
         let mut from = first.lsn;
         let mut through = Lsn(next.0 - 1);
@@ -262,6 +286,9 @@ impl World {
                     return;
                 }
             }
+        }
+        if let Some((lsn, instance)) = synced.filter(|(lsn, _)| *lsn >= from) {
+            self.drive(id, Event::SyncedEntry { lsn, instance });
         }
         let generation = heard;
         self.drive(
@@ -293,8 +320,9 @@ impl World {
         if self.passes(id, point(false)) {
             return false;
         }
-        let is_power_off = frame::read(&frame).is_ok_and(|(header, _)| header.kind == KIND_POWER_OFF);
-        self.judge.stored(id, digest(&frame), is_power_off);
+        let kind = frame::read(&frame).map_or(0, |(header, _)| header.kind);
+        self.judge.stored(id, digest(&frame), kind);
+        self.outcome.repairs += u64::from(kind == KIND_SYNCED);
         let host = self.host(id);
         host.replay.push_back(frame);
         host.stored += 1;
@@ -319,7 +347,7 @@ impl World {
 
     pub(crate) fn flushed(&mut self, id: HostId, entries: u64) {
         if self.host(id).flushing.take() == Some(entries) {
-            self.judge.flushed(id, entries as usize);
+            self.judge.flushed(id, Lsn(entries));
             self.drive(id, Event::Durable { through: Lsn(entries) });
             self.start_flush(id);
         }
@@ -329,7 +357,7 @@ impl World {
 
     pub(crate) fn plan_connect(&mut self, id: HostId, delay_ns: u64) {
         let host = self.host(id);
-        if host.is_primary() && !host.connecting {
+        if host.replica.connects() && !host.connecting {
             host.connecting = true;
             self.later(id, delay_ns, Task::Connect);
         }
@@ -339,7 +367,7 @@ impl World {
         let listening = self.host(id.other()).is_running();
         let host = self.host(id);
         host.connecting = false;
-        if host.connection.is_some() || !host.wants_channel() {
+        if host.connection.is_some() || !host.wants_channel() || !host.replica.connects() {
             return;
         }
         let connection = if listening {
@@ -358,7 +386,7 @@ impl World {
         self.drive(id, Event::ChannelUp);
     }
 
-    /// The backup's listening socket has a connection. The old one stays until this one has said hello.
+    /// The listening socket has a connection. The old one stays until this one has said hello.
     fn accept(&mut self, id: HostId, connection: ConnectionId) {
         let host = self.host(id);
         if host.wants_channel() {
@@ -383,7 +411,7 @@ impl World {
         };
         let (generation, message) = Message::decode(&received[..length]).expect("the network does not change bytes");
         let Message::Hello(hello) = message else {
-            panic!("a primary's first message is its hello, and this is {message:?}")
+            panic!("whoever connects says hello first, and this is {message:?}")
         };
         let generation = self.heard(id, generation);
         let host = self.host(id);
@@ -396,6 +424,7 @@ impl World {
             return;
         }
         host.connection = Some(connection);
+        host.sends_entries = false;
         host.rx = received;
         host.tx.clear();
         host.close_pending = false;

@@ -3,9 +3,14 @@
 //! It knows nothing of the core's state. Its facts are the simulator's ground truth: entries written and stored, claims the
 //! arbiter granted, outputs released, roles published, answers clients got. A side that is confused cannot confuse it.
 
+mod end;
+
 use std::{collections::BTreeMap, fmt};
 
-use ft_protocol::{Generation, Lsn, Role, Strength};
+use ft_protocol::{
+    Generation, Lsn, Role, Strength,
+    entry::{KIND_POWER_OFF, KIND_SYNCED},
+};
 
 use crate::{
     faults::Setting,
@@ -17,8 +22,8 @@ use crate::{
 /// What must hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Invariant {
-    /// An output leaves only if the backup has its marker (stored, flushed or replayed, as was asked for), or the arbiter gave the
-    /// VM to the releasing side.
+    /// An output leaves only if the backup may take over and has its marker (stored, flushed or replayed, as was asked for), or the
+    /// arbiter gave the VM to the releasing side and this one has not begun to share it.
     ReleasedIsStored,
     /// One live side a generation, the one that holds the claim; never two at once.
     OneLiveSide,
@@ -34,6 +39,8 @@ pub enum Invariant {
     Progress,
     /// A power-off ends both sides; nobody goes live for it.
     OrderlyEnd,
+    /// A host that asks a live side to take it becomes its backup.
+    Repaired,
     /// A side ends only if it lost the VM or its own processes failed.
     NoNeedlessHalt,
     /// While the two hosts hear each other, nobody is suspected.
@@ -57,6 +64,7 @@ impl fmt::Display for Invariant {
             Self::ReplayEqual => "the replay equals the recording",
             Self::Progress => "every request is answered",
             Self::OrderlyEnd => "a power-off ends both sides",
+            Self::Repaired => "a new backup is synchronised",
             Self::NoNeedlessHalt => "no side ends without need",
             Self::Calm => "a healthy pair suspects nobody",
             Self::Lag => "the backup does not trail without bound",
@@ -86,6 +94,8 @@ pub struct EndState<'a> {
     pub alive: bool,
     /// The role it published last.
     pub role: Role,
+    /// It was started as a new backup.
+    pub joins: bool,
     /// The chain of its guest.
     pub ledger: &'a [u64],
     /// Its guest powered off.
@@ -94,15 +104,23 @@ pub struct EndState<'a> {
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// Digests of the entries this host wrote, by LSN.
-    written: Vec<(Lsn, u64)>,
+    /// The entries this host wrote, by LSN.
+    written: Vec<Written>,
     /// Digests of the entries this host stored, in the order of its replay.
     stored: Vec<u64>,
-    /// How many of them are flushed, and replayed.
-    flushed: usize,
-    replayed: usize,
-    /// When the entries this host wrote were written.
-    written_ns: Vec<u64>,
+    /// The last entry before them: what was before it came with the state.
+    start: u64,
+    /// The last of them that is flushed, and replayed.
+    flushed: u64,
+    replayed: u64,
+    /// It began with the VM, or has stored `Synced`: it may take over.
+    eligible: bool,
+    /// The generation of the pair whose backup it is, or was.
+    follows: Option<Generation>,
+    /// The generation of the pair whose primary it is, or was.
+    shares: Option<Generation>,
+    /// The last entry it had written when it began to share the VM.
+    free_through: Lsn,
     /// When it last went on after it stood still.
     resumed_ns: u64,
     power_off_stored: bool,
@@ -116,6 +134,37 @@ struct Seen {
     recording: bool,
     replaying: bool,
     paired: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Written {
+    lsn: Lsn,
+    digest: u64,
+    at_ns: u64,
+}
+
+impl Seen {
+    /// What it stored as entry `lsn`.
+    fn stored_at(&self, lsn: Lsn) -> Option<u64> {
+        let index = lsn.0.checked_sub(self.start + 1)?;
+        self.stored.get(index as usize).copied()
+    }
+
+    /// The last entry that it has as it was asked for.
+    fn has_through(&self, ack: Strength) -> u64 {
+        match ack {
+            Strength::Received => self.start + self.stored.len() as u64,
+            Strength::Durable => self.flushed,
+            Strength::Replayed => self.replayed,
+        }
+    }
+
+    /// It begins to replay what comes behind `start`.
+    fn begin(&mut self, start: u64, eligible: bool) {
+        self.stored.clear();
+        (self.start, self.flushed, self.replayed) = (start, start, start);
+        self.eligible = eligible;
+    }
 }
 
 /// See the module.
@@ -135,6 +184,7 @@ pub struct Judge {
     seen: [Seen; 2],
     claims: BTreeMap<Generation, Incarnation>,
     live: Vec<(Generation, Incarnation)>,
+    has_begun: bool,
     released: BTreeMap<u32, u64>,
     off: bool,
     floor: u32,
@@ -182,11 +232,36 @@ impl Judge {
     /// A host started anew. What its former self had stored stays stored as far as old outputs are concerned.
     pub fn restarted(&mut self, host: HostId) {
         let former = std::mem::take(&mut self.seen[host.index()]);
-        let seen = &mut self.seen[host.index()];
-        seen.stored = former.stored;
-        (seen.flushed, seen.replayed) = (former.flushed, former.replayed);
-        seen.written = former.written;
-        seen.written_ns = former.written_ns;
+        self.seen[host.index()] = Seen {
+            stored: former.stored,
+            start: former.start,
+            flushed: former.flushed,
+            replayed: former.replayed,
+            eligible: former.eligible,
+            ..Seen::default()
+        };
+    }
+
+    /// Whether a primary has ever recorded.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.has_begun
+    }
+
+    /// What a host's guest came to transmit so far.
+    #[must_use]
+    pub fn history(&self, host: HostId) -> Vec<u64> {
+        self.seen[host.index()].history.clone()
+    }
+
+    /// A host was taken as a new backup, which begins with the state as of `start`.
+    pub fn joined(&mut self, me: Incarnation, start: Lsn) {
+        self.seen[me.host.index()].begin(start.0, false);
+    }
+
+    /// It has that state, and `history` with it.
+    pub fn adopted(&mut self, host: HostId, history: Vec<u64>) {
+        self.seen[host.index()].history = history;
     }
 
     /// A host is gone.
@@ -196,9 +271,9 @@ impl Judge {
 
     /// A guest wrote an entry.
     pub fn wrote(&mut self, host: HostId, lsn: Lsn, digest: u64, is_power_off: bool) {
+        let at_ns = self.now_ns;
         let seen = &mut self.seen[host.index()];
-        seen.written.push((lsn, digest));
-        seen.written_ns.push(self.now_ns);
+        seen.written.push(Written { lsn, digest, at_ns });
         seen.power_off_written |= is_power_off;
     }
 
@@ -208,10 +283,12 @@ impl Judge {
         let is_pair = own.recording && peer.replaying;
         // A host that stood still needs a moment to notice what time it is.
         let is_awake = self.now_ns >= own.resumed_ns + self.notice_ns;
-        let Some(oldest_ns) = own.written_ns.get(peer.replayed).filter(|_| is_pair && is_awake) else {
+        if !is_pair || !is_awake {
             return;
-        };
-        let lag_ns = self.now_ns - oldest_ns;
+        }
+        let oldest = own.written.partition_point(|entry| entry.lsn.0 <= peer.replayed);
+        let Some(oldest) = own.written.get(oldest) else { return };
+        let lag_ns = self.now_ns - oldest.at_ns;
         if lag_ns > self.lag_ns_max {
             let max = self.lag_ns_max;
             self.fail(Invariant::Lag, || {
@@ -225,21 +302,22 @@ impl Judge {
         self.seen[host.index()].resumed_ns = self.now_ns;
     }
 
-    /// A host's journal is on disk up to this many entries.
-    pub fn flushed(&mut self, host: HostId, entries: usize) {
-        self.seen[host.index()].flushed = entries;
+    /// A host's journal is on disk up to this entry.
+    pub fn flushed(&mut self, host: HostId, through: Lsn) {
+        self.seen[host.index()].flushed = through.0;
     }
 
     /// A host's guest applied an entry.
     pub fn replayed(&mut self, host: HostId, lsn: Lsn) {
-        self.seen[host.index()].replayed = lsn.0 as usize;
+        self.seen[host.index()].replayed = lsn.0;
     }
 
     /// A host stored an entry where its replay finds it.
-    pub fn stored(&mut self, host: HostId, digest: u64, is_power_off: bool) {
+    pub fn stored(&mut self, host: HostId, digest: u64, kind: u8) {
         let seen = &mut self.seen[host.index()];
         seen.stored.push(digest);
-        seen.power_off_stored |= is_power_off;
+        seen.power_off_stored |= kind == KIND_POWER_OFF;
+        seen.eligible |= kind == KIND_SYNCED;
     }
 
     /// A guest, recording or replaying, came to transmit this.
@@ -292,12 +370,15 @@ impl Judge {
                 let seen = &mut self.seen[at];
                 seen.paired = true;
                 seen.replaying = true;
-                seen.stored.clear();
-                (seen.flushed, seen.replayed) = (0, 0);
+                seen.begin(0, true);
+                seen.follows = Some(generation);
             }
             Role::Recording => {
+                self.has_begun = true;
                 let seen = &mut self.seen[at];
-                (seen.recorded, seen.recording) = (true, true);
+                (seen.recorded, seen.recording, seen.live) = (true, true, false);
+                seen.shares = Some(generation);
+                seen.free_through = seen.written.last().map_or(Lsn::ZERO, |entry| entry.lsn);
             }
             Role::GoingLive => self.goes_live(me, generation),
             Role::Live => {
@@ -329,7 +410,11 @@ impl Judge {
                 self.off = true;
             }
             // The pair came apart before it began.
-            Role::Pairing => self.seen[at].paired = false,
+            Role::Pairing => {
+                let seen = &mut self.seen[at];
+                (seen.paired, seen.power_off_stored) = (false, false);
+                seen.history.clear();
+            }
             Role::Arbitrating => {}
         }
     }
@@ -343,10 +428,10 @@ impl Judge {
                 )
             });
         }
-        let other = self
-            .live
-            .iter()
-            .find(|(of, who)| *who != me && (*of == generation || self.seen[who.host.index()].live));
+        let other = self.live.iter().find(|(of, who)| {
+            let is_live = who.host != me.host && self.seen[who.host.index()].live;
+            *who != me && (*of == generation || is_live)
+        });
         if let Some((of, who)) = other.copied() {
             self.fail(Invariant::OneLiveSide, || {
                 format!(
@@ -371,29 +456,29 @@ impl Judge {
     pub fn released(&mut self, me: Incarnation, marker: Lsn, output: &Output) {
         self.spoke(me.host, "an output");
         let (at, peer) = (me.host.index(), me.host.other());
+        let own = &self.seen[at];
+        // Since it claimed its last generation it has not shared the VM with a backup, or it did not then.
+        let shares = own.shares.unwrap_or_default().max(Generation::FIRST);
         let holds_the_vm = self
             .claims
             .iter()
-            .any(|(generation, owner)| *generation > Generation::FIRST && *owner == me);
-        let written = &self.seen[at].written;
+            .any(|(generation, owner)| *generation > shares && *owner == me)
+            || shares > Generation::FIRST && marker <= own.free_through;
+        let written = &own.written;
         let written = written
-            .binary_search_by_key(&marker, |(lsn, _)| *lsn)
+            .binary_search_by_key(&marker, |entry| entry.lsn)
             .ok()
-            .map(|found| written[found].1);
+            .map(|found| written[found].digest);
         let other = &self.seen[peer.index()];
-        let enough = match self.ack {
-            Strength::Received => other.stored.len(),
-            Strength::Durable => other.flushed,
-            Strength::Replayed => other.replayed,
-        };
         let stored = other
-            .stored
-            .get((marker.0 as usize).wrapping_sub(1))
-            .copied()
-            .filter(|_| marker.0 as usize <= enough);
-        if !holds_the_vm && (written.is_none() || written != stored) {
+            .stored_at(marker)
+            .filter(|_| marker.0 <= other.has_through(self.ack));
+        let is_backup = other.eligible;
+        if !holds_the_vm && (written.is_none() || written != stored || !is_backup) {
             self.fail(Invariant::ReleasedIsStored, || {
-                let what = if stored.is_some() {
+                let what = if !is_backup {
+                    "is not synchronised"
+                } else if stored.is_some() {
                     "has another entry there"
                 } else {
                     "has not stored it (or flushed, or replayed it, as was asked for)"
@@ -449,72 +534,6 @@ impl Judge {
         if appends {
             self.acknowledged.push((answer.order, answer.chain));
         }
-    }
-
-    /// The run is over.
-    pub fn finish(&mut self, hosts: &[EndState<'_>; 2], clients_done: bool) {
-        self.check_end_of_power_off(hosts);
-        if !self.clients.is_linearizable() {
-            self.fail(Invariant::NothingLost, || {
-                "no order of the clients' operations explains their answers".into()
-            });
-        }
-        let Some(survivor) = self.who_must_go_on(hosts) else {
-            return;
-        };
-        let host = &hosts[survivor.index()];
-        for (order, chain) in self.acknowledged.clone() {
-            if host.ledger.get(order as usize - 1) != Some(&chain) {
-                self.fail(Invariant::NothingLost, || {
-                    format!("record {order} was acknowledged; the survivor {survivor:?} has not got it")
-                });
-            }
-        }
-        if host.off && host.role != Role::Off {
-            self.fail(Invariant::OrderlyEnd, || {
-                format!("the guest on {survivor:?} powered off, its replica is {:?}", host.role)
-            });
-        }
-        if !clients_done && !host.off {
-            self.fail(Invariant::Progress, || {
-                let roles = [hosts[0].role, hosts[1].role];
-                format!("{survivor:?} could serve, and some request is unanswered; the roles are {roles:?}")
-            });
-        }
-    }
-
-    fn check_end_of_power_off(&mut self, hosts: &[EndState<'_>; 2]) {
-        if !self.off {
-            return;
-        }
-        for host in hosts.iter().filter(|host| host.alive) {
-            let seen = &self.seen[host.me.host.index()];
-            // A side that never came to be one of the pair has nothing to end.
-            let took_part = seen.recorded || seen.paired;
-            let ended = host.role == Role::Off || (host.role == Role::Halted && !self.calm);
-            if took_part && !ended {
-                self.fail(Invariant::OrderlyEnd, || {
-                    format!("the VM is off, and {:?} is {:?}", host.me.host, host.role)
-                });
-            }
-        }
-    }
-
-    /// The side that must serve now that all faults are over, by the facts; `None` where too much is lost.
-    fn who_must_go_on(&self, hosts: &[EndState<'_>; 2]) -> Option<HostId> {
-        let is_up = |host: HostId| hosts[host.index()].alive && !self.seen[host.index()].failed;
-        let is_same = |me: Incarnation| hosts[me.host.index()].me == me;
-        if let Some(owner) = self.claims.get(&Generation::FIRST.next()) {
-            return (is_same(*owner) && is_up(owner.host)).then_some(owner.host);
-        }
-        let first = self.claims.get(&Generation::FIRST);
-        let primary_holds = first.is_none_or(|owner| is_same(*owner)) && is_up(HostId::A);
-        if primary_holds && (self.seen[0].recorded || is_up(HostId::B)) {
-            return Some(HostId::A);
-        }
-        // A primary that is lost before its first entry is stored never began: nobody takes over nothing.
-        let backup = &self.seen[1];
-        (backup.paired && !backup.stored.is_empty() && is_up(HostId::B)).then_some(HostId::B)
     }
 }
 

@@ -42,6 +42,7 @@ fn end(me: Incarnation, role: Role, ledger: &[u64]) -> EndState<'_> {
         me,
         alive: true,
         role,
+        joins: false,
         ledger,
         off: false,
     }
@@ -58,7 +59,7 @@ fn pair() -> Judge {
     judge.published(B, Role::Replaying, Generation(1));
     judge.published(A, Role::Recording, Generation(1));
     judge.wrote(HostId::A, Lsn(1), 11, false);
-    judge.stored(HostId::B, 11, false);
+    judge.stored(HostId::B, 11, 0);
     judge
 }
 
@@ -73,7 +74,7 @@ fn an_output_needs_its_very_marker_on_the_backup_or_the_vm() {
 
     let mut judge = pair();
     judge.wrote(HostId::A, Lsn(2), 22, false);
-    judge.stored(HostId::B, 99, false);
+    judge.stored(HostId::B, 99, 0);
     judge.released(A, Lsn(2), &output(0, 1));
     assert_eq!(broken(&judge), Some(Invariant::ReleasedIsStored));
 
@@ -167,8 +168,86 @@ fn progress_is_demanded_of_a_side_that_may_go_on_and_of_no_other() {
 #[test]
 fn a_backup_that_has_the_power_off_does_not_go_live() {
     let mut judge = pair();
-    judge.stored(HostId::B, 22, true);
+    judge.stored(HostId::B, 22, KIND_POWER_OFF);
     judge.claimed(Generation(2), B, true);
     judge.published(B, Role::Live, Generation(2));
     assert_eq!(broken(&judge), Some(Invariant::OrderlyEnd));
+}
+
+const NEW_A: Incarnation = Incarnation {
+    host: HostId::A,
+    number: 2,
+};
+
+/// B is live in generation 2 with entries 1 and 2 behind it, and A has started anew and is to become its backup.
+fn survivor_and_new_backup() -> Judge {
+    let mut judge = pair();
+    judge.crashed(HostId::A);
+    judge.claimed(Generation(2), B, true);
+    judge.published(B, Role::GoingLive, Generation(2));
+    judge.published(B, Role::Live, Generation(2));
+    judge.wrote(HostId::B, Lsn(2), 22, false);
+    for index in 0..3 {
+        judge.produced(HostId::B, &output(index, u64::from(index) + 1));
+    }
+    judge.restarted(HostId::A);
+    judge.published(NEW_A, Role::Replaying, Generation(2));
+    judge.joined(NEW_A, Lsn(2));
+    judge
+}
+
+#[test]
+fn a_survivor_shares_its_outputs_from_when_it_holds_with_a_backup_that_may_take_over() {
+    for (is_synced, is_stored, expected) in [
+        (true, true, None),
+        (false, true, Some(Invariant::ReleasedIsStored)),
+        (true, false, Some(Invariant::ReleasedIsStored)),
+    ] {
+        let mut judge = survivor_and_new_backup();
+        judge.released(B, Lsn(2), &output(0, 1));
+        judge.published(B, Role::Recording, Generation(2));
+        // What was written before it held needs nobody's word.
+        judge.released(B, Lsn(2), &output(1, 2));
+        assert_eq!(broken(&judge), None);
+        judge.wrote(HostId::B, Lsn(3), 33, false);
+        judge.wrote(HostId::B, Lsn(4), 44, false);
+        judge.stored(HostId::A, 33, if is_synced { KIND_SYNCED } else { 0 });
+        if is_stored {
+            judge.stored(HostId::A, 44, 0);
+        }
+        judge.released(B, Lsn(4), &output(2, 3));
+        assert_eq!(broken(&judge), expected);
+    }
+}
+
+#[test]
+fn a_new_backup_takes_over_what_it_adopted_and_what_it_replayed() {
+    for (adopted, expected) in [(vec![1], None), (vec![], Some(Invariant::HistoryExtends))] {
+        let mut judge = survivor_and_new_backup();
+        judge.released(B, Lsn(2), &output(0, 1));
+        judge.adopted(HostId::A, adopted);
+        judge.crashed(HostId::B);
+        judge.claimed(Generation(3), NEW_A, true);
+        judge.published(NEW_A, Role::Live, Generation(3));
+        assert_eq!(broken(&judge), expected);
+    }
+}
+
+#[test]
+fn a_host_that_asks_to_be_the_backup_becomes_it() {
+    for (is_synced, role, expected) in [
+        (true, Role::Recording, None),
+        (false, Role::Live, Some(Invariant::Repaired)),
+        (false, Role::Recording, Some(Invariant::Repaired)),
+    ] {
+        let mut judge = survivor_and_new_backup();
+        judge.published(B, role, Generation(2));
+        judge.stored(HostId::A, 33, if is_synced { KIND_SYNCED } else { 0 });
+        let new = EndState {
+            joins: true,
+            ..end(NEW_A, Role::Replaying, &[])
+        };
+        judge.finish(&[new, end(B, role, &[])], true);
+        assert_eq!(broken(&judge), expected);
+    }
 }

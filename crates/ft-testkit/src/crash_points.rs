@@ -120,7 +120,8 @@ pub struct Enumeration {
     pub broken: Vec<Broken>,
 }
 
-/// The scripts: a quiet life, one that ends with a power-off, and two in which a failure is under way when the cut comes.
+/// The scripts: a quiet life, one that ends with a power-off, some in which a failure is under way when the cut comes, and one in which each
+/// side in turn fails and becomes the new backup of the other.
 #[must_use]
 pub fn scripts() -> Vec<(&'static str, Plan)> {
     let at = |at_ms: u64, fault: Fault| FaultEvent {
@@ -139,7 +140,20 @@ pub fn scripts() -> Vec<(&'static str, Plan)> {
         host: HostId::B,
         for_ns: 100_000_000,
     };
+    let lose = |host| Fault::Crash { host, silent: false };
+    let mut again = Plan::script(
+        vec![
+            at(12, lose(HostId::A)),
+            at(90, Fault::Join { host: HostId::A }),
+            at(120, lose(HostId::B)),
+            at(200, Fault::Join { host: HostId::B }),
+        ],
+        false,
+    );
+    again.setting.requests = 12;
+    again.setting.client_ns = 15_000_000;
     vec![
+        ("pairing again", again),
         ("quiet", Plan::script(Vec::new(), false)),
         ("power-off", Plan::script(Vec::new(), true)),
         ("partition", Plan::script(vec![at(12, partition)], false)),

@@ -1,6 +1,6 @@
 //! The model of the vCPU shim and the devices: it records or replays the guest, and holds the outputs.
 
-use ft_protocol::{Body, Committed, DeviceId, Event, Held, Lsn, Role, entry::Entry, limits::THROTTLE_MAX};
+use ft_protocol::{Body, Committed, DeviceId, Event, Held, Lsn, entry::Entry, limits::THROTTLE_MAX};
 use rand::Rng;
 
 use crate::{
@@ -21,7 +21,7 @@ const NIC_FRAMES_MAX: usize = 8;
 
 /// Whether the vCPU wrote this entry; inputs are the devices'.
 fn host_executes(body: &Body<'_>) -> bool {
-    !matches!(body, Body::Input { .. } | Body::Boot { .. })
+    !matches!(body, Body::Input { .. } | Body::Boot { .. } | Body::Synced { .. })
 }
 
 impl World {
@@ -133,7 +133,7 @@ impl World {
     }
 
     /// Writes an entry, applies it, and has the core order it.
-    fn submit(&mut self, id: HostId, device: DeviceId, body: &Body<'_>) {
+    pub(crate) fn submit(&mut self, id: HostId, device: DeviceId, body: &Body<'_>) {
         let point = |after| Point {
             deed: Deed::Submit,
             after,
@@ -164,11 +164,14 @@ impl World {
         }
         self.note(Some(id), || format!("writes entry {lsn}, {}", body.name()));
         let host = self.host(id);
-        if host.role != Role::Live {
+        if host.replica.keeps_entries() {
             host.backlog.tail().extend_from_slice(&frame);
             host.backlog.seal(lsn);
         }
         self.hold(id, lsn, outputs);
+        if let Body::Synced { instance } = *body {
+            self.drive(id, Event::SyncedEntry { lsn, instance });
+        }
         self.drive(id, Event::Appended { through: lsn });
         if is_power_off && !self.is_mutant(Mutant::HidePowerOff) {
             self.drive(id, Event::PowerOffEntry { lsn });

@@ -13,6 +13,7 @@ use crate::{
     guest::CLIENTS_MAX,
     host::{Clock, HostId},
     network::Weather,
+    stories::draw_story,
 };
 
 const MS: u64 = 1_000_000;
@@ -53,6 +54,8 @@ pub struct Setting {
     pub ack: Strength,
     /// A flush of the backup's journal.
     pub flush_ns: u64,
+    /// How long the state of the VM takes to a new backup, at most.
+    pub transfer_ns: u64,
     /// Lag from which on the primary is slowed.
     pub lag_target_ns: u64,
     /// Lag at which it stands still.
@@ -114,6 +117,11 @@ pub enum Fault {
     },
     /// A host that crashed or ended starts anew, with nothing.
     Restart {
+        /// Which.
+        host: HostId,
+    },
+    /// A host that crashed or ended starts anew, as a new backup of whoever is live.
+    Join {
         /// Which.
         host: HostId,
     },
@@ -195,7 +203,12 @@ impl Fault {
             | Self::ArbiterSlow { for_ns, .. }
             | Self::ArbiterAnswersLost { for_ns }
             | Self::ClientLoss { for_ns, .. } => Some(for_ns),
-            Self::Reset | Self::Wedge | Self::Crash { .. } | Self::Restart { .. } | Self::LocalFailure { .. } => None,
+            Self::Reset
+            | Self::Wedge
+            | Self::Crash { .. }
+            | Self::Restart { .. }
+            | Self::Join { .. }
+            | Self::LocalFailure { .. } => None,
         }
     }
 }
@@ -222,6 +235,7 @@ impl fmt::Display for Fault {
             Self::Crash { host, silent: true } => write!(f, "power cut of {host:?}"),
             Self::Crash { host, silent: false } => write!(f, "kill of {host:?}"),
             Self::Restart { host } => write!(f, "{host:?} starts anew, if it is down"),
+            Self::Join { host } => write!(f, "{host:?} starts anew as a new backup, if it is down"),
             Self::Pause { host, timers_first, .. } => {
                 let order = if *timers_first { "timers" } else { "messages" };
                 write!(f, "{host:?} stands still (then {order} first)")
@@ -312,6 +326,7 @@ impl Plan {
             channel_timeout_ns: 120 * MS,
             ack: Strength::Received,
             flush_ns: MS,
+            transfer_ns: 4 * MS,
             lag_target_ns: 100 * MS,
             lag_limit_ns: 1000 * MS,
             clients: 1,
@@ -354,8 +369,8 @@ impl Plan {
     #[must_use]
     pub fn end_ns(&self) -> u64 {
         let work_ns = 2 * self.setting.client_ns * u64::from(self.setting.requests + 2);
-        // After the last fault: suspicion (twice, skewed), the arbiter's timeouts, the replay of a full queue, the clients.
-        let channel_ns = 3 * self.setting.channel_timeout_ns;
+        // After the last fault: suspicion (twice, skewed), the arbiter's timeouts, the replay of a full queue, a new backup, the clients.
+        let channel_ns = 3 * self.setting.channel_timeout_ns + 2 * self.setting.transfer_ns;
         self.quiet_ns() + 8 * self.setting.suspect_ns() + channel_ns + 20 * MS + work_ns
     }
 }
@@ -398,69 +413,16 @@ fn draw_setting(rng: &mut ChaCha8Rng) -> Setting {
         requests,
         client_ns: 9 * unit_ns / u64::from(requests),
         power_off: rng.random_range(0..10) == 0,
+        transfer_ns: unit_ns / 32 * (1 << rng.random_range(0..6)),
     }
 }
 
-fn draw_host(rng: &mut ChaCha8Rng) -> HostId {
+pub(crate) fn draw_host(rng: &mut ChaCha8Rng) -> HostId {
     HostId::BOTH[rng.random_range(0..2)]
 }
 
-fn draw_some(rng: &mut ChaCha8Rng) -> [bool; 2] {
+pub(crate) fn draw_some(rng: &mut ChaCha8Rng) -> [bool; 2] {
     [[true, true], [true, false], [false, true]][rng.random_range(0..3)]
-}
-
-/// Faults that chance seldom brings together, in one plan of four.
-fn draw_story(rng: &mut ChaCha8Rng, unit_ns: u64, faults: &mut Vec<FaultEvent>) {
-    let at_ns = rng.random_range(0..8 * unit_ns);
-    match rng.random_range(0..8) {
-        2 => {
-            // The channel breaks again and again: what is sent again is cut again.
-            for step in 0..FAULTS_MAX as u64 {
-                let at_ns = at_ns + step * rng.random_range(0..unit_ns / 4);
-                faults.push(FaultEvent {
-                    at_ns,
-                    fault: Fault::Reset,
-                });
-            }
-        }
-        3 => faults.push(FaultEvent {
-            at_ns,
-            fault: Fault::Wedge,
-        }),
-        0 => {
-            // Late answers to the first claim come when the second is being asked for.
-            let slow = Fault::ArbiterSlow {
-                delay_ns: 4 * unit_ns,
-                for_ns: 2 * unit_ns,
-            };
-            faults.push(FaultEvent { at_ns: 0, fault: slow });
-            let fault = Fault::Partition {
-                from: draw_some(rng),
-                for_ns: 3 * unit_ns,
-            };
-            faults.push(FaultEvent {
-                at_ns: at_ns / 2,
-                fault,
-            });
-        }
-        1 => {
-            // The primary is lost when the backup has much to replay.
-            let fault = Fault::SlowShim {
-                host: HostId::B,
-                for_ns: 2 * unit_ns,
-            };
-            faults.push(FaultEvent { at_ns, fault });
-            let fault = Fault::Crash {
-                host: HostId::A,
-                silent: rng.random_bool(0.5),
-            };
-            faults.push(FaultEvent {
-                at_ns: at_ns + unit_ns,
-                fault,
-            });
-        }
-        _ => {}
-    }
 }
 
 fn draw_fault(rng: &mut ChaCha8Rng, unit_ns: u64) -> Fault {
@@ -490,7 +452,8 @@ fn draw_fault(rng: &mut ChaCha8Rng, unit_ns: u64) -> Fault {
             host: draw_host(rng),
             silent: rng.random_bool(0.5),
         },
-        48..52 => Fault::Restart { host: draw_host(rng) },
+        48..50 => Fault::Restart { host: draw_host(rng) },
+        50..52 => Fault::Join { host: draw_host(rng) },
         52..63 => Fault::Pause {
             host: draw_host(rng),
             for_ns,
@@ -530,6 +493,6 @@ mod tests {
             assert!(plan.faults.len() <= FAULTS_MAX && plan.quiet_ns() < plan.end_ns());
             kinds.extend(plan.faults.iter().map(|event| std::mem::discriminant(&event.fault)));
         }
-        assert_eq!(kinds.len(), 14);
+        assert_eq!(kinds.len(), 15);
     }
 }

@@ -196,6 +196,10 @@ impl Guest {
     /// # Errors
     /// [`Diverged`] if the entry was not written by an execution equal to this one.
     pub fn apply(&mut self, body: &Body<'_>) -> Result<Vec<Output>, Diverged> {
+        if matches!(body, Body::Synced { .. }) {
+            // It is about the backup, and no part of the execution.
+            return Ok(Vec::new());
+        }
         if self.off {
             // Devices may log inputs behind the power-off; nobody is there to see them.
             return match body {
@@ -236,7 +240,12 @@ impl Guest {
             Body::Kick(_) => outputs = self.kick(),
             Body::Console { .. } | Body::Sync(_) => {}
             Body::PowerOff { .. } => self.off = true,
-            Body::Pages { .. } | Body::State { .. } | Body::Write { .. } | Body::Zeroes { .. } | Body::Flush => {
+            Body::Pages { .. }
+            | Body::State { .. }
+            | Body::Write { .. }
+            | Body::Zeroes { .. }
+            | Body::Flush
+            | Body::Synced { .. } => {
                 return Err(Diverged(format!("this guest makes no {} entry", body.name())));
             }
         }

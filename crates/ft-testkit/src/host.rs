@@ -11,6 +11,7 @@ use crate::{
     guest::{Guest, Output},
     network::ConnectionId,
     queue::Happening,
+    repair::Snapshot,
 };
 
 /// The VM's name on both hosts.
@@ -83,6 +84,8 @@ impl Clock {
 pub struct Host {
     /// Which start of which host this is.
     pub me: Incarnation,
+    /// It was started as a new backup.
+    pub joins: bool,
     /// Not crashed.
     pub alive: bool,
     /// The processes have ended by themselves.
@@ -136,6 +139,10 @@ pub struct Host {
     pub stored: u64,
     /// See `stored`.
     pub flushing: Option<u64>,
+    /// Survivor: the state that a new backup is to adopt.
+    pub snapshot: Option<Snapshot>,
+    /// New backup: how often it was taken.
+    pub attempt: u32,
     /// Last entry to replay, once going live.
     pub replay_end: Lsn,
     /// Overlapping stalls of the shim.
@@ -158,14 +165,16 @@ pub struct Host {
 }
 
 impl Host {
-    /// A host that starts at `now_ns`.
+    /// A host that starts at `now_ns`; as a new backup of whoever is live if it `joins`.
     #[must_use]
-    pub fn new(me: Incarnation, setting: &Setting, now_ns: u64) -> Self {
+    pub fn new(me: Incarnation, setting: &Setting, now_ns: u64, joins: bool) -> Self {
         let clock = setting.clocks[me.host.index()];
         let config = Config {
             vm: VM.into(),
-            primary: me.host == HostId::A,
+            primary: me.host == HostId::A && !joins,
             alone: false,
+            joins,
+            takes_joiners: true,
             heartbeat_interval_ns: setting.heartbeat_interval_ns,
             heartbeat_misses: setting.heartbeat_misses,
             channel_timeout_ns: setting.channel_timeout_ns,
@@ -176,10 +185,12 @@ impl Host {
             keeps_journal: true,
             lag_target_ns: setting.lag_target_ns,
             lag_limit_ns: setting.lag_limit_ns,
-            instance: u64::from(me.number) << 1 | me.host as u64,
+            // Each attempt to be synchronised counts one up.
+            instance: u64::from(me.number) << 32 | (me.host as u64) << 31,
         };
         Self {
             me,
+            joins,
             alive: true,
             ended: false,
             paused: 0,
@@ -205,6 +216,8 @@ impl Host {
             replay_full: false,
             stored: 0,
             flushing: None,
+            snapshot: None,
+            attempt: 0,
             replay_end: Lsn::ZERO,
             shim_stalled: 0,
             guest: Guest::default(),
@@ -223,18 +236,12 @@ impl Host {
         self.alive && !self.ended
     }
 
-    /// Whether it was started as primary.
-    #[must_use]
-    pub fn is_primary(&self) -> bool {
-        self.me.host == HostId::A
-    }
-
     /// Whether its guest executes for the outside world (its outputs may be held).
     #[must_use]
     pub fn is_executing(&self) -> bool {
         match self.role {
             Role::Recording | Role::Live => true,
-            Role::Arbitrating => self.is_primary(),
+            Role::Arbitrating => self.replica.leads(),
             _ => false,
         }
     }
@@ -245,16 +252,17 @@ impl Host {
         self.is_running()
             && matches!(
                 self.role,
-                Role::Pairing | Role::Recording | Role::Replaying | Role::Arbitrating
+                Role::Pairing | Role::Recording | Role::Replaying | Role::Arbitrating | Role::Live
             )
     }
 
-    /// Whether its guest replays.
+    /// Whether its guest replays. A new backup does not before it has the state.
     #[must_use]
     pub fn is_replaying(&self) -> bool {
         match self.role {
-            Role::Replaying | Role::GoingLive => true,
-            Role::Arbitrating => !self.is_primary(),
+            Role::Replaying => !self.replica.awaits_state(),
+            Role::GoingLive => true,
+            Role::Arbitrating => !self.replica.leads(),
             _ => false,
         }
     }

@@ -25,8 +25,10 @@ pub mod linearizability;
 pub mod mutants;
 pub mod network;
 pub mod queue;
+mod repair;
 mod shell;
 pub mod shrink;
+mod stories;
 pub mod world;
 
 pub use checkers::{Failure, Invariant};

@@ -37,11 +37,17 @@ pub enum Mutant {
     AckBeforeReplay,
     /// The vCPU does not pause, however far the backup trails.
     IgnoreThrottle,
+    /// A new backup that has the state takes itself for synchronised, whatever the survivor says.
+    WinUnsynced,
+    /// The survivor lets outputs go that a new backup acknowledged before it may take over.
+    CountUnsynced,
+    /// The survivor's devices begin to hold outputs when `Synced` is acknowledged, not before it is appended.
+    HoldLate,
 }
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 19] = [
         Self::AckEarly,
         Self::ReleaseEarly,
         Self::IgnoreGeneration,
@@ -58,6 +64,9 @@ impl Mutant {
         Self::AckBeforeFlush,
         Self::AckBeforeReplay,
         Self::IgnoreThrottle,
+        Self::WinUnsynced,
+        Self::CountUnsynced,
+        Self::HoldLate,
     ];
 
     /// Its name on the command line.
@@ -80,6 +89,9 @@ impl Mutant {
             Self::AckBeforeFlush => "ack-before-flush",
             Self::AckBeforeReplay => "ack-before-replay",
             Self::IgnoreThrottle => "ignore-throttle",
+            Self::WinUnsynced => "win-unsynced",
+            Self::CountUnsynced => "count-unsynced",
+            Self::HoldLate => "hold-late",
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{cmp::Ordering, collections::BinaryHeap};
 
-use ft_protocol::{Generation, Verdict};
+use ft_protocol::{Generation, Lsn, Verdict};
 
 use crate::{
     guest::{Answer, Request},
@@ -120,6 +120,18 @@ pub enum Task {
     AskTimeout {
         /// The number of the request.
         ask: u32,
+    },
+    /// The state of the VM is here, unless something came between (new backup).
+    StateHere {
+        /// Which attempt it belongs to.
+        attempt: u32,
+        /// The last entry whose effect is in it.
+        start: Lsn,
+    },
+    /// Every device holds its outputs (survivor).
+    Holding {
+        /// The generation in which that was asked for.
+        generation: Generation,
     },
     /// The shim has dropped the rest of the replay (only the mutant that does so).
     TailDropped,

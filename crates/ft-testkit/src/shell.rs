@@ -69,6 +69,11 @@ impl World {
             Action::Forget { through } => self.host(id).backlog.acknowledge(through),
             Action::Throttle { permille } => self.set_throttle(id, permille),
             Action::Commit(committed) => self.commit(id, committed),
+            Action::Synchronise { start } => self.synchronise(id, start),
+            Action::GiveUp { reason } => self.give_up(id, reason),
+            Action::NotTaken { reason } => self.note(Some(id), || format!("is not taken: {reason}")),
+            Action::Hold { after } => self.hold_after(id, after),
+            Action::AppendSynced { instance } => self.append_synced(id, instance),
             Action::AskArbiter { generation } => self.ask(id, generation),
             Action::Publish {
                 role,
@@ -109,7 +114,11 @@ impl World {
     }
 
     pub(crate) fn commit(&mut self, id: HostId, committed: Committed) {
+        let holds_late = self.is_mutant(Mutant::HoldLate);
         let host = self.host(id);
+        if holds_late && host.committed.lsn() == Lsn::MAX && host.role == Role::Recording {
+            host.committed = committed;
+        }
         host.committed = host.committed.max(committed);
         self.note(Some(id), || format!("commit through {}", committed.lsn()));
         self.wake_devices(id);
@@ -130,9 +139,9 @@ impl World {
         self.note(Some(id), || format!("is {role:?}, generation {generation}"));
         let me = self.host(id).me;
         self.judge.published(me, role, generation);
-        self.count_role(role);
+        self.count_role(id, role);
         let host = self.host(id);
-        host.role = role;
+        let before = std::mem::replace(&mut host.role, role);
         if role == Role::Live {
             host.backlog.clear();
         }
@@ -144,11 +153,12 @@ impl World {
                     self.later(id, 0, Task::TailDropped);
                 }
             }
-            Role::Live if !host.is_primary() => {
+            Role::Live if before == Role::GoingLive => {
                 // The log of the new generation goes on behind what was replayed.
                 host.next_lsn = replay_end.next();
                 host.replay.clear();
             }
+            Role::Pairing => host.forget_vm(),
             _ => {}
         }
         self.wake_guest(id, 0);
@@ -205,6 +215,8 @@ impl World {
                 }
                 self.verdict(id, generation, verdict);
             }
+            Task::StateHere { attempt, start } => self.state_here(id, attempt, start),
+            Task::Holding { generation } => self.holding(id, generation),
             Task::TailDropped => {
                 let through = host.replay_end;
                 self.drive(id, Event::Consumed { through });

@@ -76,6 +76,10 @@ pub struct Outcome {
     pub outputs: u64,
     /// Sides that went live.
     pub failovers: u32,
+    /// New backups that were synchronised.
+    pub repairs: u64,
+    /// Those of them that went live.
+    pub successors: u64,
     /// Requests answered.
     pub answers: u64,
     /// Virtual time, ns.
@@ -124,7 +128,7 @@ impl World {
         // The plan took stream 0 of the seed.
         let mut rng = ChaCha8Rng::seed_from_u64(plan.seed);
         rng.set_stream(1);
-        let host = |host| Host::new(Incarnation { host, number: 1 }, &plan.setting, 0);
+        let host = |host| Host::new(Incarnation { host, number: 1 }, &plan.setting, 0, false);
         Self {
             now_ns: 0,
             queue: Queue::default(),
@@ -187,7 +191,8 @@ impl World {
                 done_ns = Some(self.now_ns);
             }
             let settled_ns = done_ns.map_or(u64::MAX, |done_ns| self.quiet_ns.max(done_ns) + settle_ns);
-            if at_ns > self.end_ns.min(settled_ns) {
+            let is_over = at_ns > settled_ns && !self.is_repair_due();
+            if is_over || at_ns > self.end_ns {
                 break;
             }
             of_this_moment = if at_ns == self.now_ns { of_this_moment + 1 } else { 0 };
@@ -209,11 +214,21 @@ impl World {
             me: host.me,
             alive: host.alive,
             role: host.role,
+            joins: host.joins,
             ledger: host.guest.ledger(),
             off: host.guest.is_off(),
         });
         let done = self.clients.iter().all(Client::is_done);
         self.judge.finish(&ends, done);
+    }
+
+    /// Whether a new backup waits for being one, and somebody is there who could take it.
+    fn is_repair_due(&self) -> bool {
+        HostId::BOTH.into_iter().any(|id| {
+            let [host, other] = [id, id.other()].map(|id| &self.hosts[id.index()]);
+            let waits = host.is_running() && host.joins && matches!(host.role, Role::Pairing | Role::Replaying);
+            waits && other.is_running() && other.is_executing() && !other.replica.is_protected()
+        })
     }
 
     pub(crate) fn happen(&mut self, happening: Happening) {
@@ -332,7 +347,9 @@ impl World {
             Fault::Reset => self.reset_channel(),
             Fault::Wedge => self.network.wedge(),
             Fault::Crash { host, silent } => self.crash(host, silent),
-            Fault::Restart { host } => self.restart(host),
+            Fault::Restart { host } => self.restart(host, false),
+            // Nobody starts a new backup of a VM that has not begun.
+            Fault::Join { host } => self.restart(host, self.judge.has_begun()),
             Fault::Pause { host, timers_first, .. } => self.pause(host, begin, timers_first),
             Fault::SlowShim { host, .. } => {
                 crate::arbiter::count(&mut self.host(host).shim_stalled, begin);
@@ -385,7 +402,7 @@ impl World {
         }
     }
 
-    fn restart(&mut self, host: HostId) {
+    fn restart(&mut self, host: HostId, joins: bool) {
         if self.host(host).is_running() {
             return;
         }
@@ -394,7 +411,7 @@ impl World {
         *self.host(host) = Host {
             paused,
             shim_stalled,
-            ..Host::new(Incarnation { host, number }, &self.plan.setting, self.now_ns)
+            ..Host::new(Incarnation { host, number }, &self.plan.setting, self.now_ns, joins)
         };
         self.judge.restarted(host);
         self.start(host);
@@ -482,7 +499,9 @@ impl World {
     }
 
     /// Counts a side that published `Live`.
-    pub(crate) fn count_role(&mut self, role: Role) {
+    pub(crate) fn count_role(&mut self, id: HostId, role: Role) {
         self.outcome.failovers += u32::from(role == Role::Live);
+        let is_successor = role == Role::GoingLive && self.host(id).joins;
+        self.outcome.successors += u64::from(is_successor);
     }
 }

@@ -30,15 +30,19 @@ fn failures(options: Options) -> impl Iterator<Item = (u64, Invariant)> {
 
 #[test]
 fn every_seed_passes_and_they_are_worth_something() {
-    let (mut failovers, mut answers) = (0, 0);
+    let (mut failovers, mut answers, mut repairs, mut successors) = (0, 0, 0, 0);
     for seed in 0..SEEDS {
         let outcome = judge(&Plan::from_seed(seed), Options::default());
         assert_eq!(outcome.failure, None, "seed {seed}; look with: ft-sim --trace {seed}");
         failovers += outcome.failovers;
         answers += outcome.answers;
+        repairs += outcome.repairs;
+        successors += outcome.successors;
     }
     assert!(failovers > SEEDS as u32 / 4, "only {failovers} failovers");
     assert!(answers > 10 * SEEDS, "only {answers} answers");
+    assert!(repairs > SEEDS / 8, "only {repairs} new backups");
+    assert!(successors > SEEDS / 50, "only {successors} new backups took over");
 }
 
 #[test]
@@ -88,6 +92,9 @@ fn every_mutant_is_caught_by_the_checker_that_is_there_for_it() {
         (Mutant::AckBeforeFlush, Invariant::ReleasedIsStored),
         (Mutant::AckBeforeReplay, Invariant::ReleasedIsStored),
         (Mutant::IgnoreThrottle, Invariant::Lag),
+        (Mutant::WinUnsynced, Invariant::OneLiveSide),
+        (Mutant::CountUnsynced, Invariant::ReleasedIsStored),
+        (Mutant::HoldLate, Invariant::ReleasedIsStored),
     ] {
         let caught = failures(with(mutant)).find(|(_, invariant)| *invariant == expected);
         assert!(
@@ -95,6 +102,14 @@ fn every_mutant_is_caught_by_the_checker_that_is_there_for_it() {
             "no seed in 0..{MUTANT_SEEDS} shows that {mutant} breaks '{expected}'"
         );
     }
+}
+
+#[test]
+fn the_script_of_new_backups_has_two_of_them_and_one_takes_over() {
+    let (_, plan) = crash_points::scripts().swap_remove(0);
+    let outcome = run(&plan, Options::default());
+    let seen = (outcome.failure, outcome.failovers, outcome.repairs, outcome.successors);
+    assert_eq!(seen, (None, 2, 2, 1));
 }
 
 #[test]

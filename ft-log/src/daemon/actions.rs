@@ -82,6 +82,14 @@ impl Daemon {
                 warn!("the peer is suspected: {reason}");
                 self.events.emit("suspect", json!({ "reason": reason }));
             }
+            // The core does this only where `takes_joiners` or `joins` says so.
+            Action::Synchronise { .. }
+            | Action::GiveUp { .. }
+            | Action::NotTaken { .. }
+            | Action::Hold { .. }
+            | Action::AppendSynced { .. } => {
+                unreachable!("this daemon takes no new backup and is none: {action:?}")
+            }
             Action::CloseChannel => self.close_channel()?,
             Action::BreakChannel => {
                 info!("the logging channel is of no use and is connected anew");

@@ -42,6 +42,7 @@ pub(super) fn fields(body: &Body<'_>) -> Map<String, Value> {
         Body::Pages { payload } | Body::State { payload, .. } => json!({ "payload_bytes": payload.len() }),
         Body::Write { sector, payload } => json!({ "sector": sector, "payload_bytes": payload.len() }),
         Body::Zeroes { sector, sectors, unmap } => json!({ "sector": sector, "sectors": sectors, "unmap": unmap }),
+        Body::Synced { instance } => json!({ "instance": format!("{instance:016x}") }),
         Body::Kick(_) | Body::Sync(_) | Body::Flush => json!({}),
     };
     match fields {

@@ -20,7 +20,7 @@ use ft_protocol::{
     entry::{Body, Entry, Stop},
     frame::{self, VERSION},
     limits::CANDIDATES_MAX,
-    message::{Hello, Message, Strength, Watermarks, vm_hash},
+    message::{Hello, Message, Standing, Strength, Watermarks, vm_hash},
     versions::Versions,
 };
 use nix::sys::{
@@ -232,7 +232,7 @@ pub(crate) fn connect_as_a(world: &World) -> TcpStream {
     stream
 }
 
-fn hello() -> Hello {
+pub(crate) fn hello() -> Hello {
     Hello {
         versions: Versions::SPOKEN,
         vm: VM.into(),
@@ -241,6 +241,7 @@ fn hello() -> Hello {
         instance: 1,
         ack: Strength::Received,
         last: Lsn::ZERO,
+        standing: Standing::Whole,
     }
 }
 
@@ -259,13 +260,13 @@ fn fingerprint() -> [u8; 32] {
     local.fingerprint()
 }
 
-fn send(stream: &mut TcpStream, message: &Message) {
+pub(crate) fn send(stream: &mut TcpStream, message: &Message) {
     let mut bytes = Vec::new();
     message.encode(Generation(1), &mut bytes);
     stream.write_all(&bytes).unwrap();
 }
 
-fn receive(stream: &mut TcpStream) -> Message {
+pub(crate) fn receive(stream: &mut TcpStream) -> Message {
     Message::decode(&receive_frame(stream)).unwrap().1
 }
 
@@ -284,7 +285,7 @@ fn receive_frame(stream: &mut TcpStream) -> Vec<u8> {
     bytes
 }
 
-fn wait_closed(stream: &mut TcpStream) {
+pub(crate) fn wait_closed(stream: &mut TcpStream) {
     let mut rest = [0; 4096];
     while matches!(stream.read(&mut rest), Ok(count) if count > 0) {}
 }
@@ -364,7 +365,7 @@ fn hello_of(oldest: u32, newest: u32) -> Hello {
 
 #[test]
 fn a_peer_that_speaks_more_versions_or_older_ones_too_is_met_at_the_highest_common_one() {
-    for (oldest, newest) in [(3, 3), (3, 9), (1, 3), (1, 9)] {
+    for (oldest, newest, common) in [(3, 3, 3), (1, 3, 3), (3, 4, 4), (4, 4, 4), (3, 9, 4), (1, 9, 4)] {
         let world = World::new();
         let mut b = world.host_with(HostId::B, &[]);
         let mut stream = connect_as_a(&world);
@@ -374,16 +375,16 @@ fn a_peer_that_speaks_more_versions_or_older_ones_too_is_met_at_the_highest_comm
             matches!(&answer, Message::Hello(hello) if hello.versions == Versions::SPOKEN),
             "{answer:?}"
         );
-        assert_eq!(b.daemon.wait_event("paired")["version"], 3, "{oldest} to {newest}");
+        assert_eq!(b.daemon.wait_event("paired")["version"], common, "{oldest} to {newest}");
     }
 }
 
 #[test]
 fn a_hello_that_does_not_fit_is_refused_with_the_reason_on_both_sides() {
     for (wrong, reason) in [
-        (hello_of(9, 11), "version 9 to 11 there, 3 here"),
+        (hello_of(9, 11), "version 9 to 11 there, 3 to 4 here"),
         // A release that knows no ranges.
-        (hello_of(2, 2), "version 2 there, 3 here"),
+        (hello_of(2, 2), "version 2 there, 3 to 4 here"),
         (
             Hello {
                 vm: "other".into(),

@@ -8,6 +8,7 @@ mod hostile;
 mod journal;
 mod kills;
 mod many;
+mod new_backup;
 mod proxy;
 mod reconnection;
 mod refusals;

@@ -19,7 +19,7 @@ use ft_harness::process::{EXITED, Exit, HostProcesses, ProcessSpec};
 use ft_harness::roles::{BLK, FT_LOG, NET, SHIM};
 use ft_harness::topology::HostId;
 use ft_protocol::ids::{Generation, Lsn};
-use ft_protocol::message::{Hello, Message, Strength};
+use ft_protocol::message::{Hello, Message, Standing, Strength};
 use ft_protocol::versions::Versions;
 use lab::{Build, variable};
 use tempfile::TempDir;
@@ -459,6 +459,7 @@ fn foreign_hello() -> Hello {
         instance: 1,
         ack: Strength::default(),
         last: Lsn::ZERO,
+        standing: Standing::Whole,
     }
 }
 

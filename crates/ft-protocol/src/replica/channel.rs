@@ -5,14 +5,14 @@
 //!    ▲                  │ no answer: break    │ ChannelDown, or it stands still: break
 //!    └──────────────────┴─────────────────────┘
 //! ```
-//! A break is no failure: the primary connects again, says hello with its last entry, hears the backup's, and sends what the
-//! backup has not got. Only the two daemons that made the pair resume it, in its generation: whoever was started anew has not what
+//! A break is no failure: the side that connects (the primary, or a new backup) does so again, each says hello with its last entry, and the
+//! primary sends what the backup has not got. Only the two daemons that made the pair resume it, in its generation: whoever was started anew has not what
 //! its former self acknowledged. A channel that stays away is a failure ([`super::failure`]).
 
-use super::{Action, Replica, Role};
+use super::{Action, Replica, Role, Sync};
 use crate::{
     ids::{Generation, Lsn},
-    message::{Hello, Message, Strength, Watermarks},
+    message::{Hello, Message, Standing, Strength, Watermarks},
 };
 
 /// What is known of the channel.
@@ -21,16 +21,17 @@ pub(super) struct Channel {
     pub(super) up: bool,
     /// Both sides said hello on it.
     pub(super) open: bool,
-    /// Primary: when it said hello, while there is no answer.
-    greeted_ns: Option<u64>,
+    /// When this side, which speaks first, said hello, while there is no answer.
+    pub(super) greeted_ns: Option<u64>,
     /// Since when it is not open, however many attempts to connect there were.
     pub(super) away_since_ns: u64,
     /// When both sides had said hello on it, while it is open.
     opened_ns: u64,
-    /// Primary: since when the backup has taken nothing although there is something, on however many channels.
+    /// Primary: since when the backup has taken nothing although there is something, on however many channels. New backup: since when
+    /// nothing came although heartbeats say that there is something.
     pub(super) still_since_ns: Option<u64>,
-    /// Primary: it was broken for standing still, and nothing has moved since.
-    broken: bool,
+    /// It was broken for standing still, and nothing has moved since.
+    pub(super) broken: bool,
 }
 
 impl Channel {
@@ -41,7 +42,7 @@ impl Channel {
         (self.up, self.open, self.greeted_ns) = (false, false, None);
     }
 
-    fn open(&mut self, now_ns: u64) {
+    pub(super) fn open(&mut self, now_ns: u64) {
         (self.up, self.open, self.greeted_ns) = (true, true, None);
         self.opened_ns = now_ns;
     }
@@ -77,12 +78,11 @@ impl Replica {
         self.channel.close(now_ns);
     }
 
-    /// The primary speaks first, and only when it holds the generation.
+    /// The primary speaks first, and only when it holds the generation. A new backup asks, and has nothing to hold.
     pub(super) fn greet(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
-        let greets = self.role == Role::Pairing || self.is_pair();
-        if self.config.primary
-            && greets
-            && self.claimed
+        let greets = self.greets && (self.role == Role::Pairing || self.is_pair());
+        if greets
+            && (self.claimed || !self.leads)
             && self.channel.up
             && self.channel.greeted_ns.is_none()
             && let Some(hello) = self.hello()
@@ -92,21 +92,22 @@ impl Replica {
         }
     }
 
-    fn hello(&self) -> Option<Hello> {
+    pub(super) fn hello(&self) -> Option<Hello> {
         self.fingerprint.map(|fingerprint| Hello {
             versions: self.config.versions,
             vm: self.config.vm.clone(),
-            primary: self.config.primary,
+            primary: self.leads,
             fingerprint,
             instance: self.config.instance,
             ack: self.ack,
             last: self.last,
+            standing: self.standing(),
         })
     }
 
     /// When a channel that is up and of no use is broken, so that another one may be connected.
     pub(super) fn break_at_ns(&self) -> Option<u64> {
-        if !self.config.primary {
+        if !self.leads && !self.greets {
             return None;
         }
         let still = self
@@ -130,12 +131,23 @@ impl Replica {
         actions.push(Action::BreakChannel);
     }
 
+    pub(super) fn close_channel(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        actions.push(Action::CloseChannel);
+        self.channel.close(now_ns);
+    }
+
     // ---- hello -------------------------------------------------------------------------------------------------------
 
     /// Why a connection that begins with this hello may not take the place of the channel; `None` if it may. A side that is
     /// pairing answers for itself, to the operator too.
     #[must_use]
     pub fn refusal(&self, generation: Generation, other: &Hello) -> Option<String> {
+        if self.config.joins && self.role == Role::Pairing {
+            return Some("this side has nothing, and asks a live side to synchronise it: it answers nobody".into());
+        }
+        if other.standing == Standing::Nothing {
+            return self.refuses_joiner(generation, other);
+        }
         if self.role == Role::Pairing {
             return None;
         }
@@ -157,8 +169,13 @@ impl Replica {
         if other.instance != self.peer_instance {
             return Some("the peer was started anew and has nothing of this generation's log".into());
         }
-        let backup = if self.config.primary { other.last } else { self.last };
-        let primary = if self.config.primary { self.last } else { other.last };
+        if self.leads && other.standing == Standing::Part && self.sync == Sync::Done {
+            return Some("the peer is not synchronised, and this side holds outputs for it".into());
+        }
+        let (primary, backup) = match self.leads {
+            true => (self.last, other.last),
+            false => (other.last, self.last),
+        };
         if backup > primary || backup < self.progress.received {
             return Some(format!(
                 "the logs do not fit: the backup's ends at {backup}, the primary's at {primary}, and {} was acknowledged",
@@ -170,26 +187,32 @@ impl Replica {
 
     pub(super) fn on_hello(&mut self, now_ns: u64, generation: Generation, other: &Hello, actions: &mut Vec<Action>) {
         match self.role {
-            Role::Pairing => self.pair(now_ns, generation, other, actions),
-            _ if !self.is_pair() => actions.push(Action::CloseChannel),
             // One hello begins a channel. A peer that goes on saying it is damaged, and every answer would take memory.
-            _ if self.channel.open => {
+            _ if self.is_pair() && self.channel.open => {
                 self.channel.close(now_ns);
                 actions.push(Action::BreakChannel);
             }
+            _ if other.standing == Standing::Nothing => match self.refusal(generation, other) {
+                None => self.take_joiner(now_ns, other, actions),
+                Some(reason) => self.refuse(now_ns, reason, actions),
+            },
+            Role::Pairing if self.config.joins => self.join(now_ns, generation, other, actions),
+            Role::Pairing => self.pair(now_ns, generation, other, actions),
+            _ if !self.is_pair() => actions.push(Action::CloseChannel),
             _ => match self.refusal(generation, other) {
                 None => self.resume(now_ns, other, actions),
-                // Only a backup that answers is known to be the peer: a stranger must not end the pair.
-                Some(_) if self.config.primary && other.instance != self.peer_instance => {
-                    self.suspect(now_ns, "the backup was started anew", actions);
+                // Only a peer that answers is known to be the peer: a stranger must not end the pair.
+                Some(_) if self.greets && other.instance != self.peer_instance => {
+                    self.suspect(now_ns, "the peer was started anew", actions);
                 }
-                Some(reason) => {
-                    actions.push(Action::Send(Message::Refuse { reason }));
-                    actions.push(Action::CloseChannel);
-                    self.channel.close(now_ns);
-                }
+                Some(reason) => self.refuse(now_ns, reason, actions),
             },
         }
+    }
+
+    fn refuse(&mut self, now_ns: u64, reason: String, actions: &mut Vec<Action>) {
+        actions.push(Action::Send(Message::Refuse { reason }));
+        self.close_channel(now_ns, actions);
     }
 
     fn pair(&mut self, now_ns: u64, generation: Generation, other: &Hello, actions: &mut Vec<Action>) {
@@ -243,15 +266,15 @@ impl Replica {
     }
 
     /// What the primary asks for and this backup cannot give.
-    fn cannot_follow(&self, other: &Hello) -> Option<String> {
-        let durable = !self.config.primary && other.ack == Strength::Durable && !self.config.keeps_journal;
+    pub(super) fn cannot_follow(&self, other: &Hello) -> Option<String> {
+        let durable = !self.leads && other.ack == Strength::Durable && !self.config.keeps_journal;
         durable.then(|| {
             "the primary waits for durable acknowledgements (--ack durable), and this side keeps no journal: give it --journal"
                 .into()
         })
     }
 
-    fn say_hello(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn say_hello(&mut self, actions: &mut Vec<Action>) {
         if let Some(own) = self.hello() {
             actions.push(Action::Send(Message::Hello(own)));
         }
@@ -261,9 +284,12 @@ impl Replica {
     fn resume(&mut self, now_ns: u64, other: &Hello, actions: &mut Vec<Action>) {
         self.heard_ns = now_ns;
         self.channel.open(now_ns);
-        if !self.config.primary {
+        if !self.greets {
             self.say_hello(actions);
+        }
+        if !self.leads {
             self.tell(now_ns, actions);
+            self.say_adopted(actions);
             return;
         }
         actions.push(Action::Rewind { after: other.last });
@@ -282,8 +308,9 @@ impl Replica {
 
     pub(super) fn refused(&mut self, now_ns: u64, reason: String, actions: &mut Vec<Action>) {
         match self.role {
+            Role::Pairing if self.config.joins => self.not_taken(now_ns, reason, actions),
             Role::Pairing => self.halt(format!("the peer refused to pair: {reason}"), actions),
-            Role::Recording if !self.channel.open => {
+            Role::Recording | Role::Replaying if self.greets && !self.channel.open => {
                 self.suspect(now_ns, "the peer does not resume the pair", actions);
             }
             _ => {}

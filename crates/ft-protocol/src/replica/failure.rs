@@ -4,7 +4,7 @@
 //! stands still with entries under way, while heartbeats go on; and the peer's own word. It gives that word when something local fails, and
 //! a replay that hangs counts as that.
 
-use super::{Action, Replica, Role, Verdict};
+use super::{Action, Replica, Role, Sync, Verdict};
 use crate::{
     controls,
     held::Committed,
@@ -15,11 +15,13 @@ use crate::{
 impl Replica {
     // ---- suspicion ---------------------------------------------------------------------------------------------------
 
-    /// A backup that has the power-off in hand ends with it: the VM is not to go on anywhere.
+    /// A backup that has the power-off in hand ends with it: the VM is not to go on anywhere. One that is not synchronised has nothing to
+    /// end, and a live side loses sight of the one that it synchronises.
     fn may_suspect(&self) -> bool {
         match self.role {
             Role::Recording => true,
-            Role::Replaying => self.power_off.is_none(),
+            Role::Replaying => self.power_off.is_none() || self.sync != Sync::Done,
+            Role::Live => self.paired,
             _ => false,
         }
     }
@@ -43,7 +45,7 @@ impl Replica {
                 "the logging channel is away, though heartbeats come",
             );
         }
-        if let Some(since) = self.channel.still_since_ns {
+        if let Some(since) = self.channel.still_since_ns.filter(|_| self.leads) {
             consider(since, "the logging channel stands still, though heartbeats come");
         }
         Some(soonest)
@@ -53,8 +55,12 @@ impl Replica {
         if !self.may_suspect() {
             return;
         }
+        if self.role == Role::Live {
+            self.give_up_joiner(now_ns, reason, actions);
+            return;
+        }
         actions.push(Action::Suspect { reason });
-        if !self.config.primary && self.last == Lsn::ZERO {
+        if !self.leads && (self.last == Lsn::ZERO || self.sync != Sync::Done) {
             self.unpair(now_ns, actions);
             return;
         }
@@ -64,12 +70,10 @@ impl Replica {
 
     /// Nothing of the VM ever came here, so nothing of it was released: there is nothing to take over. The primary may not
     /// even know that it was paired; if this side went live, a later hello of that primary would start the VM a second time.
+    /// What a new backup has before it is synchronised is no more than nothing: the survivor goes on without it.
     fn unpair(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
-        self.paired = false;
-        self.replay_still_since_ns = None;
-        self.generation = Generation(0);
-        actions.push(Action::CloseChannel);
-        self.channel_down(now_ns);
+        self.forget_attempt();
+        self.close_channel(now_ns, actions);
         self.change_role(Role::Pairing, actions);
     }
 
@@ -118,6 +122,7 @@ impl Replica {
                 self.won = true;
                 self.generation = generation;
                 if self.config.alone {
+                    self.greets = false;
                     actions.push(Action::Commit(Committed::through(Lsn::MAX)));
                     self.change_role(Role::Live, actions);
                 } else {
@@ -127,9 +132,10 @@ impl Replica {
             Verdict::Won => {
                 self.won = true;
                 self.generation = generation;
-                actions.push(Action::CloseChannel);
-                self.channel_down(now_ns);
-                if self.config.primary {
+                self.close_channel(now_ns, actions);
+                self.leave_pair();
+                self.greets = false;
+                if self.leads {
                     actions.push(Action::Commit(Committed::through(Lsn::MAX)));
                     self.change_role(Role::Live, actions);
                 } else {
@@ -165,7 +171,7 @@ impl Replica {
         if self.break_at_ns().is_some_and(|at| now_ns >= at) {
             self.break_channel(now_ns, actions);
         }
-        if !self.paired || matches!(self.role, Role::Live | Role::GoingLive | Role::Halted) {
+        if !self.paired || matches!(self.role, Role::GoingLive | Role::Halted) {
             return;
         }
         if self.replay_hangs_at_ns().is_some_and(|at| now_ns >= at) {
@@ -185,11 +191,7 @@ impl Replica {
         if now_ns >= self.heartbeat_due_ns {
             self.heartbeat_due_ns = now_ns + self.config.heartbeat_interval_ns;
             self.heartbeat_sequence += 1;
-            let replayed = if self.config.primary {
-                self.last
-            } else {
-                self.progress.replayed
-            };
+            let replayed = if self.leads { self.last } else { self.progress.replayed };
             actions.push(Action::SendHeartbeat(Message::Heartbeat {
                 vm: crate::message::vm_hash(&self.config.vm),
                 lsn: self.last,

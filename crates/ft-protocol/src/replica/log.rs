@@ -1,6 +1,6 @@
 //! The log: what was appended, received, flushed, replayed and acknowledged, and how far the replay trails.
 
-use super::{Action, Replica, Role};
+use super::{Action, Replica, Role, Sync};
 use crate::{
     held::Committed,
     ids::{Generation, Lsn},
@@ -45,10 +45,15 @@ impl Replica {
     }
 
     pub(super) fn ack(&mut self, now_ns: u64, said: Watermarks, actions: &mut Vec<Action>) {
-        if !self.config.primary || !self.is_pair() {
+        if !self.leads || !self.is_pair() {
             return;
         }
         let most = said.received.max(said.durable).max(said.replayed);
+        if most > self.last && self.role == Role::Live {
+            // Nothing depends on a backup that is being synchronised.
+            self.give_up_joiner(now_ns, "it acknowledged an entry that is not there", actions);
+            return;
+        }
         if most > self.last {
             self.halt(
                 format!("the peer acknowledged entry {most}, the last one is {}", self.last),
@@ -76,7 +81,7 @@ impl Replica {
             });
         }
         let acknowledged = self.progress.of(self.ack);
-        if acknowledged > self.acknowledged {
+        if self.acknowledgement_counts() && acknowledged > self.acknowledged {
             self.acknowledged = acknowledged;
             actions.push(Action::Commit(Committed::through(acknowledged)));
         }
@@ -86,7 +91,9 @@ impl Replica {
     pub(super) fn set_throttle(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
         let permille = match self.role {
             Role::Recording => lag::throttle(self.lag.ns(now_ns), self.config.lag_target_ns, self.config.lag_limit_ns),
-            Role::Live => 0,
+            // What the new backup cannot replay while its state is on its way does not slow the VM down.
+            Role::Live if self.sync != Sync::Adopted => 0,
+            Role::Live => lag::throttle(self.lag.ns(now_ns), self.config.lag_target_ns, self.config.lag_limit_ns),
             _ => return,
         };
         let is_edge = |permille: u32| permille == 0 || permille == THROTTLE_MAX;
@@ -135,7 +142,12 @@ impl Replica {
         self.last = through;
         self.heard_ns = now_ns;
         self.progress.received = through;
-        self.replay_still_since_ns.get_or_insert(now_ns);
+        if !self.awaits_state() {
+            self.replay_still_since_ns.get_or_insert(now_ns);
+        }
+        self.channel.still_since_ns = None;
+        self.channel.broken = false;
+        self.note_synced();
         self.tell(now_ns, actions);
     }
 
@@ -150,7 +162,7 @@ impl Replica {
     }
 
     pub(super) fn consumed(&mut self, now_ns: u64, through: Lsn, actions: &mut Vec<Action>) {
-        if self.config.primary {
+        if self.leads {
             return;
         }
         let through = through.min(self.last);
@@ -192,12 +204,22 @@ impl Replica {
 
     // ---- both --------------------------------------------------------------------------------------------------------
 
-    pub(super) fn heartbeat(&mut self, now_ns: u64, replayed: Lsn, full: bool, actions: &mut Vec<Action>) {
+    pub(super) fn heartbeat(&mut self, now_ns: u64, last: Lsn, replayed: Lsn, full: bool, actions: &mut Vec<Action>) {
         self.heard_ns = now_ns;
-        if !self.config.primary || !self.is_pair() {
+        if !self.is_pair() {
             return;
         }
-        if full && self.channel.still_since_ns.is_some() {
+        if !self.leads {
+            if self.greets && last > self.last && !self.replay_full {
+                // Whoever connects must notice that another connection is needed.
+                self.channel.still_since_ns.get_or_insert(now_ns);
+            } else {
+                self.channel.still_since_ns = None;
+            }
+            return;
+        }
+        // A backup that has not its state cannot make room, and the VM is not to wait for that.
+        if full && self.sync != Sync::Transfer && self.channel.still_since_ns.is_some() {
             // It stands still because the replay has no room: that is flow control.
             self.channel.still_since_ns = Some(now_ns);
         }

@@ -4,11 +4,12 @@
 //!             Pairing ───────────────┐
 //!            ╱       ╲               │ refused, local failure
 //!   Recording         Replaying ─────┤
-//!       │  peer suspected │          ▼
-//!       └─► Arbitrating ◄─┘        Halted   (mute for good)
-//!            │ won  │ lost ────────► ▲
-//!   primary: │      │ backup: won    │
-//!          Live ◄─ GoingLive ────────┘      any of them ──orderly power-off──► Off
+//!    ▲  │  peer suspected │          ▼
+//!    │  └─► Arbitrating ◄─┘        Halted   (mute for good)
+//!    │       │ won  │ lost ────────► ▲
+//!    │ prim.:│      │ backup: won    │
+//!    └──── Live ◄─ GoingLive ────────┘      any of them ──orderly power-off──► Off
+//! new backup
 //! ```
 //!
 //! Promises, checked after every step in release builds too:
@@ -17,218 +18,28 @@
 //! - a side goes live only with a generation the arbiter gave to it;
 //! - a halted side never commits, sends or asks again;
 //! - a backup goes live only after every entry it ever acknowledged was consumed;
-//! - a backup that never received an entry does not go live: it returns to Pairing.
+//! - a backup that never received an entry, or is not synchronised, does not go live: it returns to Pairing;
+//! - what a backup acknowledges commits nothing before it is synchronised.
 //!
-//! The channel may break and come back within a generation ([`channel`]); what the backup says of the log is in [`log`], who is
+//! A live side may take a new backup, and is the primary of a pair again ([`repair`]). The channel may break and come back within a generation ([`channel`]); what the backup says of the log is in [`log`], who is
 //! suspected and who goes live in [`failure`].
 
 mod channel;
 mod failure;
+mod interface;
 mod log;
+mod repair;
 
+pub use interface::{Action, Config, Event, Role, Verdict};
 pub use log::Place;
+use repair::Sync;
 
 use crate::{
     held::Committed,
     ids::{Generation, Lsn},
     lag::Lag,
     message::{Message, Strength, Watermarks},
-    versions::Versions,
 };
-
-/// What this side is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Role {
-    /// Waiting for the local daemons, the peer, and (primary) the claim of the first generation.
-    Pairing,
-    /// Primary with a backup: executes, logs, holds outputs.
-    Recording,
-    /// Backup: receives and replays.
-    Replaying,
-    /// The peer is suspected; the arbiter was asked. Execution goes on, outputs stay held.
-    Arbitrating,
-    /// Backup that won: consumes what it received.
-    GoingLive,
-    /// Executes for the outside world without a backup.
-    Live,
-    /// Lost, refused or broken. Mute for good.
-    Halted,
-    /// The guest powered off.
-    Off,
-}
-
-/// The arbiter's answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Verdict {
-    /// The generation is this side's.
-    Won,
-    /// Somebody else has it.
-    Lost,
-    /// No answer. Ask again; until then nothing is released.
-    Unreachable,
-}
-
-/// What happens to a replica.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// Shim and devices have joined; the digest of what they would run.
-    LocalReady {
-        /// See [`Hello::fingerprint`].
-        fingerprint: [u8; 32],
-    },
-    /// A logging channel is connected; whatever was before it is over.
-    ChannelUp,
-    /// The logging channel broke or was closed.
-    ChannelDown,
-    /// A control message from the channel, or a heartbeat datagram.
-    Message {
-        /// The sender's generation.
-        generation: Generation,
-        /// The message.
-        message: Message,
-    },
-    /// Primary: local entries up to here are in order and ready to send.
-    Appended {
-        /// Last LSN.
-        through: Lsn,
-    },
-    /// Backup: entries up to here are stored where the local replay will find them.
-    Received {
-        /// The sender's generation.
-        generation: Generation,
-        /// First LSN of the batch.
-        from: Lsn,
-        /// Last LSN of the batch.
-        through: Lsn,
-    },
-    /// Backup: the local shim has applied entries up to here.
-    Consumed {
-        /// Last LSN.
-        through: Lsn,
-    },
-    /// Backup: entries up to here are in the journal, flushed to stable storage.
-    Durable {
-        /// Last LSN.
-        through: Lsn,
-    },
-    /// Backup: the replay has no room for what comes next, or has room again.
-    ReplayFull {
-        /// Whether it is full.
-        full: bool,
-    },
-    /// The entry at this LSN is the guest's power-off.
-    PowerOffEntry {
-        /// Its LSN.
-        lsn: Lsn,
-    },
-    /// The arbiter answered for a generation.
-    Arbiter {
-        /// Which one was asked for.
-        generation: Generation,
-        /// The answer.
-        verdict: Verdict,
-    },
-    /// A local sibling died or reported divergence: this replica is over.
-    LocalFailure {
-        /// For the operator.
-        reason: String,
-    },
-    /// Time passes.
-    Tick,
-}
-
-/// What the shell must do, in this order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Send a control message on the channel.
-    Send(Message),
-    /// Send a heartbeat datagram.
-    SendHeartbeat(Message),
-    /// Send the log entries up to here on the channel.
-    SendEntries {
-        /// Last LSN.
-        through: Lsn,
-    },
-    /// A channel is back: entries after this one are sent (again), the ones before are there.
-    Rewind {
-        /// The peer's last entry.
-        after: Lsn,
-    },
-    /// The peer has every entry up to here: they need not be kept.
-    Forget {
-        /// Last LSN.
-        through: Lsn,
-    },
-    /// Let outputs go whose marker is at or below the watermark.
-    Commit(Committed),
-    /// The share of its time, in thousandths, that the vCPU must pause: the backup lags.
-    Throttle {
-        /// 0 to [`crate::limits::THROTTLE_MAX`].
-        permille: u32,
-    },
-    /// Ask the arbiter for a generation (again).
-    AskArbiter {
-        /// Which one.
-        generation: Generation,
-    },
-    /// Tell the local clients their role. For [`Role::GoingLive`] the replay ends after `replay_end`.
-    Publish {
-        /// The role.
-        role: Role,
-        /// The generation.
-        generation: Generation,
-        /// Last entry to replay; meaningful for `GoingLive` and `Off`.
-        replay_end: Lsn,
-    },
-    /// The peer is suspected (for the operator).
-    Suspect {
-        /// Why.
-        reason: &'static str,
-    },
-    /// Close the channel: the pair is over.
-    CloseChannel,
-    /// Break the channel at once: a new one is to be connected.
-    BreakChannel,
-    /// This side is over. The role is published already.
-    Halt {
-        /// For the operator.
-        reason: String,
-    },
-    /// The guest powered off and the log is complete: end with success.
-    Finish,
-}
-
-/// Times and names of a replica.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Config {
-    /// The VM.
-    pub vm: String,
-    /// What this side speaks: [`Versions::SPOKEN`].
-    pub versions: Versions,
-    /// Whether this side was started as primary.
-    pub primary: bool,
-    /// Primary without a backup from the start.
-    pub alone: bool,
-    /// Between two heartbeats, ns.
-    pub heartbeat_interval_ns: u64,
-    /// Intervals of silence after which the peer is suspected.
-    pub heartbeat_misses: u32,
-    /// How long the channel may be away, or stand still, while heartbeats go on, ns. At half of it a channel that stands still is
-    /// broken and connected anew.
-    pub channel_timeout_ns: u64,
-    /// Backup: how long its replay may apply nothing although there is something to apply, ns. A replay that hangs is a replica that failed.
-    pub replay_timeout_ns: u64,
-    /// Primary: what an acknowledgement must mean.
-    pub ack: Strength,
-    /// Backup: whether its journal is flushed, so that it can acknowledge durably.
-    pub keeps_journal: bool,
-    /// Primary: lag up to which it is not slowed, ns.
-    pub lag_target_ns: u64,
-    /// Primary: lag at which it stands still, ns.
-    pub lag_limit_ns: u64,
-    /// Drawn at random at every start of the daemon.
-    pub instance: u64,
-}
 
 /// The state of one side. One owner calls [`Replica::step`]; nothing else changes it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -238,7 +49,15 @@ pub struct Replica {
     generation: Generation,
     fingerprint: Option<[u8; 32]>,
     claimed: bool,
+    /// This side writes the log of the VM: it was started as primary, or is live.
+    leads: bool,
+    /// This side speaks first on a new channel.
+    greets: bool,
     paired: bool,
+    /// How far the pair is from being one, where it was made anew.
+    sync: Sync,
+    /// New backup: `Synced` is at this entry, which is about to be received.
+    synced_entry: Option<Lsn>,
     /// The version that the pair uses, once paired.
     version: Option<u32>,
     /// The peer's [`Config::instance`], once paired.
@@ -275,12 +94,16 @@ impl Replica {
     pub fn new(config: Config, now_ns: u64) -> Self {
         Self {
             ack: config.ack,
+            leads: config.primary,
+            greets: config.primary || config.joins,
             config,
             role: Role::Pairing,
             generation: Generation(0),
             fingerprint: None,
             claimed: false,
             paired: false,
+            sync: Sync::Done,
+            synced_entry: None,
             version: None,
             peer_instance: 0,
             channel: channel::Channel::default(),
@@ -363,20 +186,21 @@ impl Replica {
         self.channel.open
     }
 
-    /// Whether this side and its peer are a pair, whatever the channel does.
+    /// Whether this side and its peer are a pair, whatever the channel does. A live side with a new backup is one.
     fn is_pair(&self) -> bool {
-        self.paired && matches!(self.role, Role::Recording | Role::Replaying | Role::Arbitrating)
+        use Role::{Arbitrating, Live, Recording, Replaying};
+        self.paired && matches!(self.role, Recording | Replaying | Arbitrating | Live)
     }
 
     /// Backup: whether entries that come are stored.
     fn follows(&self) -> bool {
-        !self.config.primary && matches!(self.role, Role::Replaying | Role::Arbitrating)
+        !self.leads && matches!(self.role, Role::Replaying | Role::Arbitrating)
     }
 
     /// When the next [`Event::Tick`] has something to do.
     #[must_use]
     pub fn deadline_ns(&self) -> Option<u64> {
-        if matches!(self.role, Role::Halted | Role::Off | Role::Live | Role::GoingLive) {
+        if matches!(self.role, Role::Halted | Role::Off | Role::GoingLive) {
             return None;
         }
         let pair = self.paired.then_some(self.heartbeat_due_ns);
@@ -425,10 +249,13 @@ impl Replica {
             Event::ReplayFull { full } => self.replay_full = full,
             Event::PowerOffEntry { lsn } => {
                 // A power-off that did not come this far is none: a backup that wins without it goes live.
-                if self.config.primary || self.role == Role::Live || lsn <= self.last {
+                if self.leads || lsn <= self.last {
                     self.power_off = Some(lsn);
                 }
             }
+            Event::Adopted => self.adopted(now_ns, actions),
+            Event::Holding { generation } => self.holding(generation, actions),
+            Event::SyncedEntry { lsn, instance } => self.synced_entry(now_ns, lsn, instance, actions),
             Event::Arbiter { generation, verdict } => self.arbiter(now_ns, generation, verdict, actions),
             Event::LocalFailure { reason } => self.fail(reason, actions),
             Event::Tick => self.tick(now_ns, actions),
@@ -440,18 +267,23 @@ impl Replica {
             Message::Hello(hello) => self.on_hello(now_ns, generation, &hello, actions),
             Message::Refuse { reason } => self.refused(now_ns, reason, actions),
             _ if generation != self.generation || !self.paired => {}
+            Message::Adopted => self.peer_adopted(now_ns),
             Message::Ack(watermarks) => self.ack(now_ns, watermarks, actions),
             Message::Gone { .. } => self.suspect(now_ns, "the peer's replica ended", actions),
-            Message::Heartbeat { replayed, full, .. } => self.heartbeat(now_ns, replayed, full, actions),
+            Message::Heartbeat {
+                lsn, replayed, full, ..
+            } => self.heartbeat(now_ns, lsn, replayed, full, actions),
         }
     }
 
     /// Transitions that depend on several facts at once.
     fn after(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        self.maybe_hold(now_ns, actions);
         self.set_throttle(now_ns, actions);
         if self.role == Role::GoingLive && self.progress.replayed >= self.replay_end {
             let ended = self.power_off.is_some();
             if !ended {
+                (self.leads, self.greets) = (true, false);
                 actions.push(Action::Commit(Committed::through(Lsn::MAX)));
                 self.change_role(Role::Live, actions);
             }
@@ -461,6 +293,7 @@ impl Replica {
             Role::Recording => self.acknowledged >= lsn,
             Role::Live => true,
             // The primary ends with this side's word that it may, as strong as it asked for.
+            Role::Replaying if self.sync != Sync::Done => false,
             Role::Replaying => self.progress.replayed >= lsn && self.progress.of(self.ack) >= lsn,
             Role::GoingLive => self.progress.replayed >= lsn,
             _ => false,
@@ -484,6 +317,7 @@ impl Replica {
                 | (Recording | Replaying, Arbitrating)
                 | (Arbitrating, Live | GoingLive)
                 | (GoingLive, Live)
+                | (Live, Recording)
                 | (Recording | Replaying | GoingLive | Live, Off)
                 | (Pairing | Recording | Replaying | Arbitrating | GoingLive | Live, Halted)
         );
@@ -502,7 +336,7 @@ impl Replica {
             "acknowledged an entry that is not there"
         );
         assert!(
-            !self.config.primary || self.acknowledged <= self.progress.of(self.ack),
+            !self.leads || !self.is_pair() || self.acknowledged <= self.progress.of(self.ack),
             "acknowledged more than the backup said"
         );
         assert!(
@@ -510,12 +344,20 @@ impl Replica {
             "live without the arbiter's word"
         );
         assert!(
-            self.role != Role::Recording || self.claimed,
-            "recording without the claim of the first generation"
+            self.role != Role::Recording || self.won,
+            "recording without the arbiter's word"
         );
         assert!(
-            self.role != Role::Live || self.config.primary || self.progress.replayed >= self.replay_end,
+            self.role != Role::Live || self.progress.replayed >= self.replay_end,
             "live with entries unconsumed"
+        );
+        assert!(
+            self.leads || self.sync == Sync::Done || matches!(self.role, Role::Replaying | Role::Halted),
+            "a backup that is not synchronised is on its way to going live"
+        );
+        assert!(
+            self.role != Role::Live || !matches!(self.sync, Sync::Holding | Sync::Appended(_)),
+            "outputs leave that the backup may not have"
         );
         for action in actions {
             if let Action::Commit(committed) = action {

@@ -78,6 +78,8 @@ thread_local! {
 struct Total {
     happenings: AtomicU64,
     failovers: AtomicU64,
+    repairs: AtomicU64,
+    successors: AtomicU64,
     outputs: AtomicU64,
     answers: AtomicU64,
     virtual_ns: AtomicU64,
@@ -140,9 +142,11 @@ fn seeds(arguments: &Arguments) -> bool {
     let seeds = arguments.seeds.end - arguments.seeds.start;
     let seconds = begun.elapsed().as_secs_f64();
     println!(
-        "{seeds} seeds, {} events, {} failovers, {} outputs, {} answers, {:.0} s virtual, {seconds:.2} s, {:.0} seeds/s",
+        "{seeds} seeds, {} events, {} failovers, {} new backups, {} of them live, {} outputs, {} answers, {:.0} s virtual, {seconds:.2} s, {:.0} seeds/s",
         total.happenings.into_inner(),
         total.failovers.into_inner(),
+        total.repairs.into_inner(),
+        total.successors.into_inner(),
         total.outputs.into_inner(),
         total.answers.into_inner(),
         total.virtual_ns.into_inner() as f64 / 1e9,
@@ -159,6 +163,8 @@ fn one_seed(seed: u64, options: Options, total: &Total) {
     total
         .failovers
         .fetch_add(u64::from(outcome.failovers), Ordering::Relaxed);
+    total.repairs.fetch_add(outcome.repairs, Ordering::Relaxed);
+    total.successors.fetch_add(outcome.successors, Ordering::Relaxed);
     total.outputs.fetch_add(outcome.outputs, Ordering::Relaxed);
     total.answers.fetch_add(outcome.answers, Ordering::Relaxed);
     total.virtual_ns.fetch_add(outcome.virtual_ns, Ordering::Relaxed);

@@ -1,11 +1,16 @@
 //! Table-like tests of single steps. Schedules with faults are the simulator's (crates/ft-testkit).
 
 use super::*;
-use crate::message::Hello;
+use crate::{
+    message::{Hello, Standing},
+    versions::Versions,
+};
 
 mod acknowledgement;
 mod channel;
 mod hanging_replay;
+mod hostile;
+mod repair;
 mod roles;
 
 const INTERVAL: u64 = 20_000_000;
@@ -20,6 +25,8 @@ fn config(primary: bool) -> Config {
         vm: "ledger".into(),
         primary,
         alone: false,
+        joins: false,
+        takes_joiners: true,
         heartbeat_interval_ns: INTERVAL,
         heartbeat_misses: 10,
         channel_timeout_ns: CHANNEL,
@@ -57,6 +64,7 @@ fn hello(primary: bool, last: u64) -> Hello {
         instance: if primary { 1 } else { 2 },
         ack: Strength::Received,
         last: Lsn(last),
+        standing: Standing::Whole,
     }
 }
 
