@@ -8,7 +8,9 @@ use serde_json::json;
 use super::machine::MachineArgs;
 use crate::{
     debug::{
-        disassembly, dump, gdb,
+        disassembly, dump,
+        frames::Frames,
+        gdb,
         registers::{self, memory_of},
         session::{Halt, Session},
         support,
@@ -45,8 +47,11 @@ pub struct ReplayArgs {
     /// Writes one line a stop there; `-` is standard output.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Writes each frame that the guest sends there, with the entry that marks it: JSON, one object a line; `-` is standard output.
+    #[arg(long, value_name = "FILE")]
+    frames: Option<PathBuf>,
     /// At the position, or at power-on without --to, waits for gdb there: unix:PATH or tcp:127.0.0.1:PORT.
-    #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["trace", "digests"])]
+    #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["trace", "digests", "frames"])]
     gdb: Option<gdb::Address>,
     /// The trace is JSON, one object a line, with all registers.
     #[arg(long, requires = "trace")]
@@ -70,11 +75,15 @@ pub fn replay(args: &ReplayArgs) -> Result<(), Error> {
         Some(path) => Some(Trace::open(path, args.trace_json)?),
         None => None,
     };
-    let mut execution = recording.power_on()?;
+    let frames = args.frames.as_deref().map(Frames::open).transpose()?;
+    let mut execution = recording.power_on_telling(frames.as_ref().map(Frames::on_frame).as_ref())?;
     let ended = run(&mut execution, args.to, trace.as_mut());
     // What was traced explains an error, so it comes first.
     if let Some(trace) = trace {
         trace.finish()?;
+    }
+    if let Some(frames) = frames {
+        frames.finish()?;
     }
     report(args, &execution, ended?)
 }

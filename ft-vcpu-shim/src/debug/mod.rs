@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  journal ─► execution, stop by stop ─┬─► trace       one line a stop
-//!                 ▲                    ├─► registers, disassembly, memory dump
+//!                 ▲                    ├─► frames      what the guest sent
+//!                 │                    ├─► registers, disassembly, memory dump
 //!                 │ anew               ├─► gdb         remote protocol, backwards too: by replaying anew
 //!                 └────────────────────┴─► bisect      the first stop at which two executions differ
 //! ```
@@ -11,6 +12,7 @@
 pub mod bisect;
 pub mod disassembly;
 pub mod dump;
+pub mod frames;
 pub mod gdb;
 pub mod paging;
 pub mod registers;

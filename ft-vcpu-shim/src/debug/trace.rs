@@ -12,6 +12,7 @@ use std::{
     path::Path,
 };
 
+use ft_client::handshake::hex;
 use serde_json::{Value, json};
 
 use super::registers;
@@ -19,10 +20,6 @@ use crate::{
     error::Error,
     lockstep::history::{Access, AccessKind, Event, StopRecord},
 };
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 fn access_text(access: &Access) -> String {
     let name = access.kind.name();
@@ -117,6 +114,15 @@ pub fn json(record: &StopRecord) -> Value {
     })
 }
 
+/// A file that is created or replaced; `-` is standard output.
+pub(super) fn out(path: &Path) -> io::Result<Box<dyn Write>> {
+    Ok(if path == Path::new("-") {
+        Box::new(BufWriter::new(io::stdout()))
+    } else {
+        Box::new(BufWriter::new(File::create(path)?))
+    })
+}
+
 /// Where a trace goes.
 pub struct Trace {
     out: Box<dyn Write>,
@@ -131,13 +137,8 @@ impl Trace {
     /// What the file system refuses.
     pub fn open(path: &Path, as_json: bool) -> Result<Self, Error> {
         let name = path.display().to_string();
-        let out: Box<dyn Write> = if path == Path::new("-") {
-            Box::new(BufWriter::new(io::stdout()))
-        } else {
-            let file = File::create(path)
-                .map_err(|source| Error::environment(format!("cannot write {name}: {source}. Check --trace")))?;
-            Box::new(BufWriter::new(file))
-        };
+        let out =
+            out(path).map_err(|source| Error::environment(format!("cannot write {name}: {source}. Check --trace")))?;
         Ok(Self { out, as_json, name })
     }
 

@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     command::machine::MachineArgs,
-    device::{Port, describe, offline::OfflinePort},
+    device::{
+        Port, describe,
+        offline::{OfflinePort, OnFrame},
+    },
     error::Error,
 };
 
@@ -90,10 +93,22 @@ impl Recording {
     /// # Errors
     /// No KVM, a journal that cannot be read, or a machine that is not the recorded one.
     pub fn power_on(&self) -> Result<Execution, Error> {
+        self.power_on_telling(None)
+    }
+
+    /// The same; `on_frame` is told each frame that the guest sends.
+    ///
+    /// # Errors
+    /// See [`Recording::power_on`].
+    pub fn power_on_telling(&self, on_frame: Option<&OnFrame>) -> Result<Execution, Error> {
         let machine = self.machine.load()?;
         let mut ports: Vec<Box<dyn Port>> = Vec::new();
         for description in self.devices()? {
-            ports.push(Box::new(OfflinePort::new(description, Arc::clone(&machine.ram))?));
+            ports.push(Box::new(OfflinePort::new(
+                description,
+                Arc::clone(&machine.ram),
+                on_frame.cloned(),
+            )?));
         }
         let source = source(&self.journal)?;
         let mut execution = machine.power_on(ports, Box::new(Replayer::new(source, None)), Box::new(|_, _| {}))?;

@@ -11,10 +11,11 @@
 //!
 //! [`scenario`] boots the pair with a [`guest`], lets [`witness`] drive the guest's ledger from outside (and [`download`] fetch a file
 //! from a Linux guest), injects a [`faults::Fault`], and
-//! hands what was seen to the judges: [`judge`] (what clients were told against what is stored) and [`roles`] (who ended
-//! as what). [`report`] and [`picture`] tell a person; [`bench`] measures. The judges are pure: no socket, no clock, no process.
+//! hands what was seen to the judges: [`judge`] (what clients were told against what is stored), [`roles`] (who ended
+//! as what) and, with a [`capture`] at the switch, [`output_rule`] (what left against what was committed). [`report`] and [`picture`] tell a person; [`bench`] measures. The judges are pure: no socket, no clock, no process.
 
 pub mod bench;
+pub mod capture;
 pub mod clock;
 pub mod download;
 pub mod error;
@@ -25,6 +26,7 @@ pub mod judge;
 pub mod ledger;
 pub mod netns;
 pub mod offline;
+pub mod output_rule;
 pub mod pair;
 pub mod picture;
 pub mod process;

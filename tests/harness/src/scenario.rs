@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::capture::{Capture, Seen};
 use crate::clock::{ms, now_ns};
 use crate::download::{Download, Downloading};
 use crate::error::{HarnessError, IoContext};
@@ -20,6 +21,7 @@ use crate::guest::{Guest, LEDGER_BYTES, Linux, WORK_DONE, Work};
 use crate::judge::{Connection, Transcript, judge};
 use crate::ledger::{DiskImage, SECTOR};
 use crate::offline::{self, Replayed};
+use crate::output_rule;
 use crate::pair::{Pair, PairSetup};
 use crate::process::{EXITED, Exit};
 use crate::report::{Report, Timeline, since};
@@ -51,6 +53,8 @@ pub struct Setup {
     pub shim_arguments: Vec<String>,
     /// Execute what host A recorded again, twice, when the run is over, and compare every stop.
     pub replay: bool,
+    /// Capture at the switch, and hold it against the journal of host B, which must be left in the end.
+    pub capture: bool,
     /// Tell on stderr what is going on.
     pub verbose: bool,
 }
@@ -90,6 +94,8 @@ pub struct Outcome {
     pub transcript: Transcript,
     /// Everything the processes said.
     pub events: Vec<Event>,
+    /// What left against what was committed, where that was captured.
+    pub output_rule: Option<output_rule::Verdict>,
 }
 
 /// Carries a run out in `directory`, which must be empty.
@@ -100,6 +106,7 @@ pub fn run(setup: &Setup, directory: &Path) -> Result<Outcome, HarnessError> {
     let patience = setup.guest.patience();
     let deadline = Instant::now() + patience.boot;
     let mut pair = Pair::new(setup.pair(), directory)?;
+    let capture = setup.capture.then(|| Capture::start(pair.topology())).transpose()?;
     pair.start(deadline)?;
     setup.say("everything is started");
     pair.wait_for_pairing(deadline)?;
@@ -127,7 +134,8 @@ pub fn run(setup: &Setup, directory: &Path) -> Result<Outcome, HarnessError> {
     if transcript.connection == Connection::Intact {
         wait_for_the_end(setup, &pair);
     }
-    judge_run(setup, &pair, transcript, download, fault_ns)
+    let seen = capture.map(Capture::finish).transpose()?;
+    judge_run(setup, &pair, transcript, download, seen.as_deref(), fault_ns)
 }
 
 /// Whether the guest has work that ends by itself and that nothing will interrupt: it is not powered off before.
@@ -220,6 +228,7 @@ fn judge_run(
     pair: &Pair,
     transcript: Transcript,
     download: Option<Download>,
+    seen: Option<&[Seen]>,
     fault_ns: Option<u64>,
 ) -> Result<Outcome, HarnessError> {
     let plan = &setup.plan;
@@ -262,6 +271,11 @@ fn judge_run(
             Replayed::Different(said) => problems.push(format!("host A's journal executes differently: {said}")),
         }
     }
+    let output_rule = match seen {
+        Some(seen) => Some(output_rule::judge(seen, &offline::frames(pair, HostId::B)?)),
+        None => None,
+    };
+    problems.extend(output_rule.iter().flat_map(output_rule::Verdict::problems));
     if let Guest::Linux(Linux { work: Some(work), .. }) = &setup.guest {
         let console = events.iter().filter(|event| event.source == CONSOLE);
         let lines = console.filter_map(|event| event.fields.get("text")?.as_str());
@@ -277,6 +291,7 @@ fn judge_run(
         timeline,
         transcript,
         events,
+        output_rule,
     })
 }
 

@@ -15,21 +15,7 @@ use ft_harness::process::{EXITED, Exit};
 use ft_harness::roles::{FT_LOG, Roles, SHIM};
 use ft_harness::scenario::{Outcome, Setup};
 use ft_harness::topology::HostId;
-use lab::{Build, run, setup};
-
-/// The wire is cut, the client goes on for fifty requests, the primary dies: what was answered in between, if anything,
-/// the backup never heard of. It takes two seconds to suspect, so that neither side asks the arbiter before.
-fn cut_then_kill(build: Build) -> Setup {
-    let moment = Moment {
-        answers: 50,
-        offset: Duration::ZERO,
-    };
-    let mut setup = setup(build, 11, FaultPlan::CutThenKill { moment, requests: 50 });
-    setup.ft_log_arguments = ["--heartbeat-interval-ms", "20", "--heartbeat-misses", "100"]
-        .map(str::to_owned)
-        .to_vec();
-    setup
-}
+use lab::{Build, cut_then_kill, run, setup};
 
 fn partition(build: Build) -> Setup {
     let moment = Moment {

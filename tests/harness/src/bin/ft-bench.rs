@@ -257,6 +257,7 @@ fn setup(arguments: &Arguments) -> Result<Setup, HarnessError> {
         ft_log_arguments: Vec::new(),
         shim_arguments: Vec::new(),
         replay: false,
+        capture: false,
         verbose: false,
     })
 }

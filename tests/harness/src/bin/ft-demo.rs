@@ -121,6 +121,7 @@ fn demo(arguments: &Arguments) -> Result<bool, HarnessError> {
         ]),
         shim_arguments: options(&[("--patience-ms", arguments.patience_ms)]),
         replay: arguments.replay,
+        capture: false,
         verbose: arguments.verbose,
     };
     setup.pair().check()?;

@@ -3,8 +3,9 @@
 #![allow(dead_code, reason = "each test file uses some of it")]
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use ft_harness::faults::FaultPlan;
+use ft_harness::faults::{FaultPlan, Moment};
 use ft_harness::scenario::{self, Outcome, Setup};
 
 /// Which build of the daemons to run.
@@ -46,8 +47,23 @@ pub(crate) fn setup(build: Build, seed: u64, plan: FaultPlan) -> Setup {
         ft_log_arguments: Vec::new(),
         shim_arguments: Vec::new(),
         replay: false,
+        capture: false,
         verbose: false,
     }
+}
+
+/// The wire is cut, the client goes on for fifty requests, the primary dies: what was answered in between, if anything,
+/// the backup never heard of. It takes two seconds to suspect, so that neither side asks the arbiter before.
+pub(crate) fn cut_then_kill(build: Build) -> Setup {
+    let moment = Moment {
+        answers: 50,
+        offset: Duration::ZERO,
+    };
+    let mut setup = setup(build, 11, FaultPlan::CutThenKill { moment, requests: 50 });
+    setup.ft_log_arguments = ["--heartbeat-interval-ms", "20", "--heartbeat-misses", "100"]
+        .map(str::to_owned)
+        .to_vec();
+    setup
 }
 
 /// Carries a run out. When `satisfied` does not hold its files are kept and named.
