@@ -68,11 +68,15 @@ pub struct Channel {
     secure: Option<Secure>,
 }
 
+/// Data that the peer's kernel does not take for so long: the path is gone, and another connection may find another one.
+fn limit(socket: &OwnedFd, timeout_ms: u32) -> io::Result<()> {
+    Ok(setsockopt(socket, sockopt::TcpUserTimeout, &timeout_ms)?)
+}
+
 /// Socket options of both ends.
 fn prepare(socket: &OwnedFd, timeout_ms: u32) -> io::Result<()> {
     setsockopt(socket, sockopt::TcpNoDelay, &true)?;
-    // Data that the peer's kernel does not take for so long: the path is gone, and another connection may find another one.
-    setsockopt(socket, sockopt::TcpUserTimeout, &timeout_ms)?;
+    limit(socket, timeout_ms)?;
     // Before pairing nothing else tells that the peer's host is gone; afterwards heartbeats are much faster.
     setsockopt(socket, sockopt::KeepAlive, &true)?;
     setsockopt(socket, sockopt::TcpKeepIdle, &1)?;
@@ -82,6 +86,14 @@ fn prepare(socket: &OwnedFd, timeout_ms: u32) -> io::Result<()> {
 }
 
 impl Channel {
+    /// Changes how long data may not be taken before the connection breaks.
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub fn set_timeout(&self, timeout_ms: u32) -> io::Result<()> {
+        limit(&self.socket, timeout_ms)
+    }
+
     /// Takes a connected socket and starts to receive, with TLS if there is a session. Data that is not taken for `timeout_ms` breaks the connection.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use ft_protocol::{
     limits::{DEVICES_MAX, VM_NAME_BYTES_MAX},
     message::Strength,
     replica,
+    timing::{HEARTBEATS_PER_CHANNEL_TIMEOUT, Timing},
     versions::Versions,
 };
 
@@ -57,8 +58,6 @@ pub enum Ack {
 
 /// VMs of one process.
 pub const VMS_MAX: usize = 64;
-/// Heartbeats that tell why a channel stands still, within the time it may.
-const HEARTBEATS_PER_CHANNEL_TIMEOUT: u64 = 4;
 /// The usual time that a channel may be away.
 const CHANNEL_TIMEOUT_MS: u64 = 1000;
 
@@ -234,14 +233,7 @@ impl Config {
         if let Some(twice) = (1..self.devices.len()).find(|at| self.devices[..*at].contains(&self.devices[*at])) {
             return Err(format!("--devices: '{}' is there twice", self.devices[twice]));
         }
-        if self.channel_timeout_ms() < HEARTBEATS_PER_CHANNEL_TIMEOUT * self.heartbeat_interval_ms {
-            return Err(format!(
-                "--channel-timeout-ms must be at least {HEARTBEATS_PER_CHANNEL_TIMEOUT} times --heartbeat-interval-ms: heartbeats tell why a channel stands still"
-            ));
-        }
-        if self.lag_target_ms > self.lag_limit_ms {
-            return Err("--lag-target-ms must not be above --lag-limit-ms".into());
-        }
+        self.timing().check()?;
         if let (Some(listen), Some(peer)) = (self.listen, self.peer) {
             let is_one_host = listen.ip().is_loopback() && peer.ip().is_loopback();
             if self.tls_cert.is_none() && !self.plaintext && !self.alone && !is_one_host {
@@ -288,6 +280,19 @@ impl Config {
         self.channel_timeout_ms.unwrap_or(least.max(CHANNEL_TIMEOUT_MS))
     }
 
+    /// The times that a pair begins with where this side is the primary.
+    #[must_use]
+    pub fn timing(&self) -> Timing {
+        Timing {
+            heartbeat_interval_ns: ns(self.heartbeat_interval_ms),
+            heartbeat_misses: self.heartbeat_misses,
+            channel_timeout_ns: ns(self.channel_timeout_ms()),
+            replay_timeout_ns: ns(self.replay_timeout_ms),
+            lag_target_ns: ns(self.lag_target_ms),
+            lag_limit_ns: ns(self.lag_limit_ms),
+        }
+    }
+
     /// What the protocol core wants to know; `instance` is a random number.
     #[must_use]
     pub fn replica(&self, instance: u64) -> replica::Config {
@@ -299,18 +304,13 @@ impl Config {
             // The state of the VM cannot be transferred yet.
             joins: false,
             takes_joiners: false,
-            heartbeat_interval_ns: self.heartbeat_interval_ms * 1_000_000,
-            heartbeat_misses: self.heartbeat_misses,
-            channel_timeout_ns: self.channel_timeout_ms() * 1_000_000,
-            replay_timeout_ns: self.replay_timeout_ms * 1_000_000,
+            timing: self.timing(),
             ack: match self.ack {
                 Ack::Received => Strength::Received,
                 Ack::Durable => Strength::Durable,
                 Ack::Replayed => Strength::Replayed,
             },
             keeps_journal: self.journal.is_some(),
-            lag_target_ns: self.lag_target_ms * 1_000_000,
-            lag_limit_ns: self.lag_limit_ms * 1_000_000,
             instance,
         }
     }

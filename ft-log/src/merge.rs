@@ -3,8 +3,11 @@
 //! Nothing that a client wrote is trusted: every frame is copied out, its checksum, generation and LSN are checked, and a
 //! client that broke the rules is named.
 
+use std::collections::VecDeque;
+
 use ft_client::ring::{Consumer, RingError};
 use ft_protocol::{
+    Timing,
     entry::{Body, Entry},
     frame::FrameError,
     ids::{Generation, Lsn},
@@ -48,6 +51,14 @@ pub enum Breach {
         /// This one.
         current: Generation,
     },
+    /// An entry that is not a client's to write.
+    #[error("entry {lsn} is a {name}, which only ft-log itself writes")]
+    Reserved {
+        /// Which entry.
+        lsn: Lsn,
+        /// Its kind.
+        name: &'static str,
+    },
     /// An entry where this side writes none.
     #[error("it appended an entry while this side does not execute")]
     Uninvited,
@@ -79,12 +90,16 @@ pub struct Batch {
     pub through: Lsn,
     /// The guest's power-off, if it is among them.
     pub power_off: Option<Lsn>,
+    /// The last of the configurations among them.
+    pub configuration: Option<(Lsn, Timing)>,
 }
 
 /// The rings of a VM's local clients.
 #[derive(Debug)]
 pub struct Merger {
     rings: Vec<Consumer>,
+    /// What `ft-log` itself writes.
+    own: VecDeque<(Lsn, Vec<u8>)>,
     next: Lsn,
     recent: usize,
     gap: Option<(Lsn, u64)>,
@@ -96,6 +111,7 @@ impl Merger {
     pub fn new(rings: Vec<Consumer>) -> Self {
         Self {
             rings,
+            own: VecDeque::new(),
             next: Lsn(1),
             recent: 0,
             gap: None,
@@ -112,6 +128,16 @@ impl Merger {
     pub fn restart(&mut self, next: Lsn) {
         self.next = next;
         self.gap = None;
+        self.own.clear();
+    }
+
+    /// Puts an entry of `ft-log` itself, for which it claimed `lsn`, among those of the clients.
+    pub fn insert(&mut self, lsn: Lsn, frame: Vec<u8>) {
+        self.own.push_back((lsn, frame));
+    }
+
+    fn is_own_next(&self) -> bool {
+        self.own.front().is_some_and(|(lsn, _)| *lsn == self.next)
     }
 
     /// Tells the producers whether this side is about to sleep.
@@ -121,7 +147,7 @@ impl Merger {
 
     /// Whether [`Merger::take`] would give something (a violation included).
     pub fn is_ready(&mut self) -> bool {
-        !matches!(self.find(), Ok(None))
+        self.is_own_next() || !matches!(self.find(), Ok(None))
     }
 
     /// Whether somebody waits behind an entry that is claimed and not there yet.
@@ -189,8 +215,22 @@ impl Merger {
     ) -> Result<Option<Batch>, Violation> {
         let start = out.len();
         let from = self.next;
-        let mut power_off = None;
+        let (mut power_off, mut configuration) = (None, None);
         while out.len() - start < BATCH_BYTES {
+            if self.is_own_next()
+                && let Some((lsn, frame)) = self.own.pop_front()
+            {
+                if let Ok(Entry {
+                    body: Body::Configuration(timing),
+                    ..
+                }) = Entry::decode(&frame)
+                {
+                    configuration = Some((lsn, timing));
+                }
+                out.extend_from_slice(&frame);
+                self.next = lsn.next();
+                continue;
+            }
             let Some(seat) = self.find()? else { break };
             let violation = |breach| Violation { seat, breach };
             let at = out.len();
@@ -210,8 +250,13 @@ impl Merger {
             if found != current && !(previous_too && found.0.checked_add(1) == Some(current.0)) {
                 return Err(violation(Breach::Generation { lsn, found, current }));
             }
-            if matches!(entry.body, Body::PowerOff { .. }) {
-                power_off = Some(lsn);
+            match entry.body {
+                Body::PowerOff { .. } => power_off = Some(lsn),
+                Body::Synced { .. } | Body::Configuration(_) => {
+                    let name = entry.body.name();
+                    return Err(violation(Breach::Reserved { lsn, name }));
+                }
+                _ => {}
             }
             self.recent = seat;
             self.next = lsn.next();
@@ -225,6 +270,7 @@ impl Merger {
             from,
             through,
             power_off,
+            configuration,
         }))
     }
 
@@ -330,6 +376,48 @@ mod tests {
         assert_eq!(take(&mut merger), None);
         assert_eq!(merger.next(), Lsn(5));
         assert_eq!(merger.check_empty(), Ok(()));
+    }
+
+    #[test]
+    fn what_ft_log_writes_itself_has_its_place_and_clients_may_not_write_it() {
+        let timing = Timing {
+            heartbeat_interval_ns: 20_000_000,
+            heartbeat_misses: 10,
+            channel_timeout_ns: 80_000_000,
+            replay_timeout_ns: 100_000_000,
+            lag_target_ns: 1_000_000,
+            lag_limit_ns: 2_000_000,
+        };
+        let (mut producers, mut merger) = rings(1);
+        let body = Body::Configuration(timing);
+        let mut frame = vec![0; body.frame_bytes()];
+        let own = Entry {
+            lsn: Lsn(2),
+            generation: Generation(1),
+            device: DeviceId::SHIM,
+            queue: 0,
+            body,
+        };
+        own.encode(&mut frame);
+        merger.insert(Lsn(2), frame);
+        assert!(!merger.is_ready(), "entry 1 is not there yet");
+        push(&mut producers[0], 1, 1, SYNC);
+        push(&mut producers[0], 3, 1, SYNC);
+        let mut out = Vec::new();
+        let batch = merger.take(Generation(1), false, &mut out).unwrap().unwrap();
+        assert_eq!((batch.from, batch.through), (Lsn(1), Lsn(3)));
+        assert_eq!(batch.configuration, Some((Lsn(2), timing)));
+        assert_eq!(Entry::decode(&out[SYNC.frame_bytes()..][..body.frame_bytes()]), Ok(own));
+
+        for (lsn, body) in [(4, body), (4, Body::Synced { instance: 1 })] {
+            let (mut producers, mut merger) = rings(1);
+            merger.restart(Lsn(lsn));
+            push(&mut producers[0], lsn, 1, body);
+            assert!(matches!(
+                breach(&mut merger, 1).breach,
+                Breach::Reserved { lsn: Lsn(4), .. }
+            ));
+        }
     }
 
     #[test]

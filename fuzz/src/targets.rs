@@ -20,7 +20,7 @@ use ft_client::{
 };
 use ft_log::{clients, config::Config, local::Local, merge::Merger};
 use ft_protocol::{
-    Action, DeviceId, Event, Generation, Header, Lsn, Replica, Role, Verdict,
+    Action, DeviceId, Event, Generation, Header, Lsn, Replica, Role, Timing, Verdict,
     entry::Entry,
     frame,
     limits::{FRAME_BYTES_MAX, HEADER_BYTES},
@@ -224,6 +224,14 @@ fn config(role: &str) -> Config {
     Config::try_parse_from(words.into_iter().chain(addresses)).expect("a usual command line")
 }
 
+/// Times that a pair can live with.
+fn timing_of(choice: u8) -> Timing {
+    Timing {
+        heartbeat_misses: 2 + u32::from(choice),
+        ..config("primary").timing()
+    }
+}
+
 /// A peer that says whatever it likes whenever it likes: the core refuses, halts, or goes on, and its own assertions hold.
 pub fn peer(data: &[u8]) {
     let mut script = Script(data);
@@ -265,6 +273,10 @@ pub fn peer(data: &[u8]) {
                     Event::Durable { through },
                     Event::Consumed { through },
                     Event::ReplayFull { full },
+                    Event::ConfigurationEntry {
+                        lsn: through,
+                        timing: timing_of(script.byte()),
+                    },
                 ] {
                     step(&mut replica, now_ns, event);
                 }
@@ -317,6 +329,7 @@ pub fn peer(data: &[u8]) {
                     ack: Strength::Received,
                     last: Lsn((script.byte() % 4).into()),
                     standing: [Standing::Whole, Standing::Nothing, Standing::Part][usize::from(script.byte() % 3)],
+                    timing: Some(timing_of(script.byte())),
                 });
                 step(&mut replica, now_ns, Event::Message { generation, message });
             }

@@ -93,7 +93,7 @@ impl Region {
     }
 
     /// Claims the next LSN. The caller must publish an entry with it at once: whoever merges waits for it.
-    pub(crate) fn claim_lsn(&self) -> Lsn {
+    pub fn claim_lsn(&self) -> Lsn {
         Lsn(self.memory.long(NEXT_LSN).fetch_add(1, Ordering::AcqRel))
     }
 

@@ -7,6 +7,7 @@ use crate::{
     frame::{self, BodyReader, BodyWriter, FrameError, Header},
     ids::{DeviceId, Generation, Lsn},
     limits::{HEADER_BYTES, PAYLOAD_BYTES_MAX},
+    timing::Timing,
 };
 
 /// Where in the guest's execution an entry applies.
@@ -114,6 +115,8 @@ pub enum Body<'a> {
         /// The backup, as its hello names it.
         instance: u64,
     },
+    /// The operator changed the times of the pair: they hold from here on, on both sides. No part of the guest's execution.
+    Configuration(Timing),
     /// The guest powered off, or reset itself. The last entry.
     PowerOff {
         /// Where.
@@ -139,6 +142,26 @@ const KIND_ZEROES: u8 = 12;
 const KIND_FLUSH: u8 = 13;
 /// Kind byte of [`Body::Synced`].
 pub const KIND_SYNCED: u8 = 14;
+const KIND_CONFIGURATION: u8 = 15;
+
+/// What [`Body::name`] says of the kinds, in their order.
+pub const NAMES: [&str; 15] = [
+    "boot",
+    "kick",
+    "input",
+    "deliver",
+    "time",
+    "console",
+    "sync",
+    "power-off",
+    "pages",
+    "state",
+    "write",
+    "zeroes",
+    "flush",
+    "synced",
+    "configuration",
+];
 
 /// A decoded entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,28 +195,14 @@ impl Body<'_> {
             Self::Zeroes { .. } => KIND_ZEROES,
             Self::Flush => KIND_FLUSH,
             Self::Synced { .. } => KIND_SYNCED,
+            Self::Configuration(_) => KIND_CONFIGURATION,
         }
     }
 
     /// Name of the kind of entry, for people.
     #[must_use]
     pub fn name(&self) -> &'static str {
-        match self {
-            Self::Boot { .. } => "boot",
-            Self::Kick(_) => "kick",
-            Self::Input { .. } => "input",
-            Self::Deliver { .. } => "deliver",
-            Self::Time { .. } => "time",
-            Self::Console { .. } => "console",
-            Self::Sync(_) => "sync",
-            Self::PowerOff { .. } => "power-off",
-            Self::Pages { .. } => "pages",
-            Self::State { .. } => "state",
-            Self::Write { .. } => "write",
-            Self::Zeroes { .. } => "zeroes",
-            Self::Flush => "flush",
-            Self::Synced { .. } => "synced",
-        }
+        NAMES[usize::from(self.kind()) - 1]
     }
 
     fn body_bytes(&self) -> usize {
@@ -210,6 +219,7 @@ impl Body<'_> {
             Self::Zeroes { .. } => 13,
             Self::Flush => 0,
             Self::Synced { .. } => 8,
+            Self::Configuration(_) => Timing::BYTES,
         }
     }
 
@@ -229,7 +239,8 @@ impl Body<'_> {
             | Self::Write { .. }
             | Self::Zeroes { .. }
             | Self::Flush
-            | Self::Synced { .. } => None,
+            | Self::Synced { .. }
+            | Self::Configuration(_) => None,
             Self::Kick(stop)
             | Self::Sync(stop)
             | Self::Deliver { stop, .. }
@@ -319,6 +330,7 @@ impl<'a> Entry<'a> {
                 }
                 Body::Flush => {}
                 Body::Synced { instance } => out.u64(*instance),
+                Body::Configuration(timing) => timing.put(&mut out),
                 Body::Deliver { stop, through } => {
                     put_stop(&mut out, stop);
                     out.u64(*through);
@@ -381,6 +393,7 @@ impl<'a> Entry<'a> {
             })(),
             KIND_FLUSH => Some(Body::Flush),
             KIND_SYNCED => reader.u64().map(|instance| Body::Synced { instance }),
+            KIND_CONFIGURATION => Timing::take(&mut reader).map(Body::Configuration),
             KIND_DELIVER => take_stop(&mut reader)
                 .zip(reader.u64())
                 .map(|(stop, through)| Body::Deliver { stop, through }),
@@ -418,6 +431,25 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::timing::EXAMPLE;
+
+    #[test]
+    fn times_that_no_pair_can_live_with_are_malformed() {
+        let timing = Timing {
+            heartbeat_misses: 0,
+            ..EXAMPLE
+        };
+        let entry = Entry {
+            lsn: Lsn(1),
+            generation: Generation(1),
+            device: DeviceId(0),
+            queue: 0,
+            body: Body::Configuration(timing),
+        };
+        let mut bytes = vec![0; entry.body.frame_bytes()];
+        entry.encode(&mut bytes);
+        assert!(matches!(Entry::decode(&bytes), Err(FrameError::Body { .. })));
+    }
 
     fn any_stop() -> impl Strategy<Value = Stop> {
         (any::<u64>(), any::<u32>(), any::<u64>(), any::<u64>(), any::<u64>()).prop_map(
@@ -484,6 +516,7 @@ mod tests {
             check(Body::Zeroes { sector: number, sectors: stop.position.offset, unmap: flag });
             check(Body::Flush);
             check(Body::Synced { instance: number });
+            check(Body::Configuration(EXAMPLE));
         }
 
         #[test]

@@ -23,6 +23,7 @@ pub mod lag;
 pub mod limits;
 pub mod message;
 pub mod replica;
+pub mod timing;
 pub mod versions;
 
 pub use backlog::Backlog;
@@ -32,3 +33,4 @@ pub use held::{Committed, Held};
 pub use ids::{DeviceId, Generation, Lsn};
 pub use message::{Strength, Watermarks};
 pub use replica::{Action, Event, Place, Replica, Role, Verdict};
+pub use timing::Timing;

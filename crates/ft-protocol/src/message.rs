@@ -6,6 +6,7 @@ use crate::{
     frame::{self, BodyReader, BodyWriter, FrameError, Header},
     ids::{DeviceId, Generation, Lsn},
     limits::{HEADER_BYTES, MESSAGE_BYTES_MAX, VM_NAME_BYTES_MAX},
+    timing::Timing,
     versions::Versions,
 };
 
@@ -79,6 +80,8 @@ pub enum Message {
         replayed: Lsn,
         /// The sender takes no more entries from the channel until its replay has made room.
         full: bool,
+        /// The sender has not heard of this side for longer than it should have, and wants an answer at once. From version 5 on.
+        asks: bool,
     },
 }
 
@@ -117,9 +120,11 @@ pub struct Hello {
     pub last: Lsn,
     /// What the sender has. Those who speak no version that knows it have the whole.
     pub standing: Standing,
+    /// The times that the sender keeps, from version 5 on; a backup takes those of the side that executes the VM.
+    pub timing: Option<Timing>,
 }
 
-/// Bytes of a hello's body but for the VM's name and what version 4 appended.
+/// Bytes of a hello's body but for the VM's name and what versions 4 and 5 appended.
 const HELLO_BYTES: usize = 51;
 
 const KIND_HELLO: u8 = 128;
@@ -154,7 +159,8 @@ impl Message {
         let (kind, lsn, length) = match self {
             Self::Hello(hello) => {
                 assert!(hello.vm.len() <= VM_NAME_BYTES_MAX);
-                let appended = usize::from(hello.says_standing());
+                let timing = hello.says_timing().map_or(0, |_| Timing::BYTES);
+                let appended = usize::from(hello.says_standing()) + timing;
                 (KIND_HELLO, hello.last, HELLO_BYTES + hello.vm.len() + appended)
             }
             Self::Refuse { reason } => (KIND_REFUSE, Lsn::ZERO, truncated(reason).len()),
@@ -187,6 +193,9 @@ impl Message {
                     if hello.says_standing() {
                         body.u8(hello.standing as u8);
                     }
+                    if let Some(timing) = hello.says_timing() {
+                        timing.put(&mut body);
+                    }
                 }
                 Self::Adopted => {}
                 Self::Refuse { reason } | Self::Gone { reason } => body.bytes(truncated(reason).as_bytes()),
@@ -199,12 +208,13 @@ impl Message {
                     sequence,
                     replayed,
                     full,
+                    asks,
                     ..
                 } => {
                     body.u64(*vm);
                     body.u64(*sequence);
                     body.u64(replayed.0);
-                    body.u8(u8::from(*full));
+                    body.u8(u8::from(*full) | u8::from(*asks) << 1);
                 }
             }
         });
@@ -248,6 +258,10 @@ impl Message {
                     false => 0,
                 };
                 let standing = *Standing::ALL.get(usize::from(standing)).ok_or(malformed)?;
+                let timing = match newest >= Versions::FIRST_WITH_TIMING {
+                    true => Some(Timing::take(&mut reader).ok_or(malformed)?),
+                    false => None,
+                };
                 // Who speaks a newer version may have more to say, which is for those who understand it.
                 if newest <= Versions::SPOKEN.newest && !reader.is_empty() {
                     return Err(malformed);
@@ -261,6 +275,7 @@ impl Message {
                     ack,
                     last: lsn,
                     standing,
+                    timing,
                 })
             }
             KIND_ADOPTED if reader.is_empty() => Self::Adopted,
@@ -281,7 +296,7 @@ impl Message {
                 let (Some(vm), Some(sequence), Some(replayed)) = (reader.u64(), reader.u64(), reader.u64()) else {
                     return Err(malformed);
                 };
-                let (Some(full @ 0..=1), true) = (reader.u8(), reader.is_empty()) else {
+                let (Some(flags @ 0..=3), true) = (reader.u8(), reader.is_empty()) else {
                     return Err(malformed);
                 };
                 Self::Heartbeat {
@@ -289,7 +304,8 @@ impl Message {
                     lsn,
                     sequence,
                     replayed: Lsn(replayed),
-                    full: full == 1,
+                    full: flags & 1 != 0,
+                    asks: flags & 2 != 0,
                 }
             }
             _ => return Err(FrameError::Kind { kind, lsn }),
@@ -313,7 +329,13 @@ impl Hello {
             ack: Strength::default(),
             last: Lsn::ZERO,
             standing: Standing::default(),
+            timing: None,
         }
+    }
+
+    fn says_timing(&self) -> Option<&Timing> {
+        let is_known = self.versions.newest >= Versions::FIRST_WITH_TIMING;
+        is_known.then(|| self.timing.as_ref().expect("who speaks this version has times"))
     }
 
     fn says_standing(&self) -> bool {
@@ -356,6 +378,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::timing::EXAMPLE;
 
     fn hello() -> Hello {
         Hello {
@@ -367,6 +390,7 @@ mod tests {
             ack: Strength::Durable,
             last: Lsn(12),
             standing: Standing::Whole,
+            timing: Some(EXAMPLE),
         }
     }
 
@@ -393,6 +417,7 @@ mod tests {
                 sequence: 5,
                 replayed: Lsn(3),
                 full: true,
+                asks: true,
             },
         ] {
             let mut bytes = Vec::new();
@@ -413,7 +438,7 @@ mod tests {
             hello()
                 .mismatch(&read)
                 .unwrap()
-                .contains("version 2 there, 3 to 4 here")
+                .contains("version 2 there, 3 to 5 here")
         );
     }
 

@@ -12,6 +12,8 @@
 //! - 3: hello with the range of versions that its sender speaks. Its fields keep their places for ever: a later version may only append
 //!   to them, so that sides without a common version can still tell each other so. Entries of the device engine.
 //! - 4: hello says what its sender has (a host that holds nothing asks to be synchronised); `adopted`; the entry `synced`.
+//! - 5: hello says the times that its sender keeps, and a backup takes the primary's; the entry `configuration` changes them. Heartbeats ask for
+//!   an answer, and are fewer while there is nothing to say.
 //!
 //! Releases of 1 and 2 speak one version each, and this one none of them. The table of all formats is in docs/log-format.md.
 
@@ -28,11 +30,13 @@ pub struct Versions {
 
 impl Versions {
     /// What this release speaks.
-    pub const SPOKEN: Self = Self { oldest: 3, newest: 4 };
+    pub const SPOKEN: Self = Self { oldest: 3, newest: 5 };
     /// The first whose hello has a range.
     pub(crate) const FIRST_WITH_RANGE: u32 = 3;
     /// The first in which a live side can take a new backup.
     pub(crate) const FIRST_WITH_REPAIR: u32 = 4;
+    /// The first in which times are changed while a pair runs, and heartbeats rest.
+    pub(crate) const FIRST_WITH_TIMING: u32 = 5;
 
     /// The version that two sides use: the highest that both speak.
     #[must_use]

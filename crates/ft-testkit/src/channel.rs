@@ -3,7 +3,7 @@
 
 use ft_protocol::{
     Body, Event, Header, Lsn, Place, Role, Strength,
-    entry::{Entry, KIND_POWER_OFF, KIND_SYNCED},
+    entry::{Entry, KIND_SYNCED},
     frame,
     message::Message,
 };
@@ -230,6 +230,7 @@ impl World {
         let connection = host.connection.expect("checked by the caller");
         let mut room = replay_entries_max.saturating_sub(host.replay.len()).max(1);
         let (mut read, mut run, mut power_off, mut synced) = (0, Vec::new(), None, None);
+        let mut configurations = Vec::new();
         let mut next = first.lsn;
         while room > 0 {
             let host = self.host(id);
@@ -243,13 +244,12 @@ impl World {
             if !header.is_entry() || header.generation != first.generation || header.lsn != next {
                 break;
             }
-            if header.kind == KIND_POWER_OFF {
-                power_off = Some(header.lsn);
-            }
-            if let (KIND_SYNCED, Ok(entry)) = (header.kind, Entry::decode(bytes))
-                && let Body::Synced { instance } = entry.body
-            {
-                synced = Some((entry.lsn, instance));
+            let entry = Entry::decode(bytes).expect("the network does not change bytes");
+            match entry.body {
+                Body::PowerOff { .. } => power_off = Some(entry.lsn),
+                Body::Synced { instance } => synced = Some((entry.lsn, instance)),
+                Body::Configuration(timing) => configurations.push((entry.lsn, timing)),
+                _ => {}
             }
             run.push(bytes.to_vec());
             read += length;
@@ -305,6 +305,10 @@ impl World {
                 self.drive(id, Event::Consumed { through });
             }
             _ => self.start_flush(id),
+        }
+        configurations.retain(|(lsn, _)| *lsn >= from && !self.is_mutant(Mutant::IgnoreConfiguration));
+        for (lsn, timing) in configurations {
+            self.drive(id, Event::ConfigurationEntry { lsn, timing });
         }
         if let Some(lsn) = power_off.filter(|_| !self.is_mutant(Mutant::HidePowerOff)) {
             self.drive(id, Event::PowerOffEntry { lsn });

@@ -196,17 +196,18 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// The judge of one run; `calm` if no fault of it keeps the hosts from hearing each other; `breaks` if one breaks the channel.
+    /// The judge of one run; `calm` if no fault of it keeps the hosts from hearing each other; `breaks` if one breaks the channel; `interval_ns` is the longest time between
+    /// two heartbeats, whatever the operator does.
     #[must_use]
-    pub fn new(calm: bool, breaks: bool, setting: &Setting) -> Self {
+    pub fn new(calm: bool, breaks: bool, setting: &Setting, interval_ns: u64) -> Self {
         // A clock may be slow by 10 %, and the lag is looked at with every heartbeat.
-        let lag_ns = (setting.lag_limit_ns + setting.heartbeat_interval_ns) * 5 / 4;
+        let lag_ns = (setting.lag_limit_ns + interval_ns) * 5 / 4;
         Self {
             calm,
             breaks,
             ack: setting.ack,
             lag_ns_max: lag_ns + 2 * setting.idle_ns,
-            notice_ns: setting.heartbeat_interval_ns * 5 / 4,
+            notice_ns: interval_ns * 5 / 4,
             ..Self::default()
         }
     }

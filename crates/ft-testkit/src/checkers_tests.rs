@@ -12,7 +12,8 @@ const B: Incarnation = Incarnation {
 };
 
 fn judge(calm: bool) -> Judge {
-    Judge::new(calm, false, &crate::Plan::script(Vec::new(), false).setting)
+    let setting = crate::Plan::script(Vec::new(), false).setting;
+    Judge::new(calm, false, &setting, setting.heartbeat_interval_ns)
 }
 
 fn output(index: u32, history: u64) -> Output {

@@ -1,6 +1,6 @@
 //! The model of the vCPU shim and the devices: it records or replays the guest, and holds the outputs.
 
-use ft_protocol::{Body, Committed, DeviceId, Event, Held, Lsn, entry::Entry, limits::THROTTLE_MAX};
+use ft_protocol::{Body, Committed, DeviceId, Event, Held, Lsn, Timing, entry::Entry, limits::THROTTLE_MAX};
 use rand::Rng;
 
 use crate::{
@@ -21,7 +21,10 @@ const NIC_FRAMES_MAX: usize = 8;
 
 /// Whether the vCPU wrote this entry; inputs are the devices'.
 fn host_executes(body: &Body<'_>) -> bool {
-    !matches!(body, Body::Input { .. } | Body::Boot { .. } | Body::Synced { .. })
+    !matches!(
+        body,
+        Body::Input { .. } | Body::Boot { .. } | Body::Synced { .. } | Body::Configuration(_)
+    )
 }
 
 impl World {
@@ -117,6 +120,16 @@ impl World {
         self.wake_guest(id, stop_ns);
     }
 
+    /// The operator asks both hosts for other times; the side that executes the VM writes them down.
+    pub(crate) fn configure(&mut self, timing: Timing) {
+        for id in HostId::BOTH {
+            let host = self.host(id);
+            if host.is_running() && host.paused == 0 && host.replica.takes_configuration().is_ok() {
+                self.submit(id, DeviceId::SHIM, &Body::Configuration(timing));
+            }
+        }
+    }
+
     /// The network device logs the frames that came in.
     fn log_frames(&mut self, id: HostId) {
         while !self.is_log_full(id)
@@ -173,6 +186,9 @@ impl World {
             self.drive(id, Event::SyncedEntry { lsn, instance });
         }
         self.drive(id, Event::Appended { through: lsn });
+        if let Body::Configuration(timing) = *body {
+            self.drive(id, Event::ConfigurationEntry { lsn, timing });
+        }
         if is_power_off && !self.is_mutant(Mutant::HidePowerOff) {
             self.drive(id, Event::PowerOffEntry { lsn });
         }

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use ft_protocol::Strength;
+use ft_protocol::{Strength, Timing};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -71,6 +71,39 @@ pub struct Setting {
 }
 
 impl Setting {
+    /// The times that both hosts start with.
+    #[must_use]
+    pub fn timing(&self) -> Timing {
+        Timing {
+            heartbeat_interval_ns: self.heartbeat_interval_ns,
+            heartbeat_misses: self.heartbeat_misses,
+            channel_timeout_ns: self.channel_timeout_ns,
+            // A replay that hangs is no fault of the simulator.
+            replay_timeout_ns: 3_600_000 * MS,
+            lag_target_ns: self.lag_target_ns,
+            lag_limit_ns: self.lag_limit_ns,
+        }
+    }
+
+    /// Times that an operator may change to. Between the two of a pair, some make suspicious whoever keeps the former ones.
+    fn other_timing(&self, rng: &mut ChaCha8Rng) -> Timing {
+        let timing = self.timing();
+        match rng.random_range(0..3) {
+            0 => Timing {
+                heartbeat_interval_ns: self.suspect_ns(),
+                heartbeat_misses: 3,
+                channel_timeout_ns: timing.channel_timeout_ns.max(4 * self.suspect_ns()),
+                ..timing
+            },
+            1 => Timing {
+                heartbeat_interval_ns: timing.heartbeat_interval_ns / 2,
+                lag_target_ns: timing.lag_target_ns / 2,
+                ..timing
+            },
+            _ => timing,
+        }
+    }
+
     /// Nominal time until a dead peer is suspected.
     #[must_use]
     pub fn suspect_ns(&self) -> u64 {
@@ -167,6 +200,11 @@ pub enum Fault {
         /// How long.
         for_ns: u64,
     },
+    /// The operator changes the times of the pair, where a side takes that.
+    Configure {
+        /// From here on.
+        timing: Timing,
+    },
     /// A sibling process dies: the replica says so and ends.
     LocalFailure {
         /// Where.
@@ -187,6 +225,7 @@ impl Fault {
                 | Self::ArbiterSlow { .. }
                 | Self::ArbiterAnswersLost { .. }
                 | Self::ClientLoss { .. }
+                | Self::Configure { .. }
         )
     }
 
@@ -208,6 +247,7 @@ impl Fault {
             | Self::Crash { .. }
             | Self::Restart { .. }
             | Self::Join { .. }
+            | Self::Configure { .. }
             | Self::LocalFailure { .. } => None,
         }
     }
@@ -245,6 +285,13 @@ impl fmt::Display for Fault {
             Self::ArbiterSlow { delay_ns, .. } => write!(f, "arbiter up to {} µs late", delay_ns / US),
             Self::ArbiterAnswersLost { .. } => f.write_str("the arbiter's answers are lost"),
             Self::ClientLoss { percent, .. } => write!(f, "{percent} % of the clients' frames are lost"),
+            Self::Configure { timing } => write!(
+                f,
+                "the operator wants {} heartbeats of {} µs, and a lag of {} µs",
+                timing.heartbeat_misses,
+                timing.heartbeat_interval_ns / US,
+                timing.lag_target_ns / US
+            ),
             Self::LocalFailure { host } => write!(f, "a sibling process dies on {host:?}"),
         }?;
         self.for_ns()
@@ -272,8 +319,10 @@ pub struct Plan {
     pub faults: Vec<FaultEvent>,
 }
 
-/// Faults of one run.
+/// Faults of one run, but for what the operator changes.
 pub const FAULTS_MAX: usize = 6;
+/// Changes of the times in one run.
+const CONFIGURATIONS_MAX: usize = 2;
 
 impl Plan {
     /// The plan of a seed.
@@ -296,6 +345,14 @@ impl Plan {
                     _ => rng.random_range(0..10 * unit_ns),
                 };
                 let fault = draw_fault(&mut rng, unit_ns);
+                faults.push(FaultEvent { at_ns, fault });
+            }
+        }
+        if rng.random_range(0..4) == 0 {
+            for _ in 0..rng.random_range(1..=CONFIGURATIONS_MAX) {
+                let at_ns = rng.random_range(0..12 * setting.suspect_ns());
+                let timing = setting.other_timing(&mut rng);
+                let fault = Fault::Configure { timing };
                 faults.push(FaultEvent { at_ns, fault });
             }
         }
@@ -341,6 +398,25 @@ impl Plan {
         }
     }
 
+    /// The longest times that are ever in force.
+    #[must_use]
+    pub fn longest(&self) -> Timing {
+        let configured = self.faults.iter().filter_map(|event| match event.fault {
+            Fault::Configure { timing } => Some(timing),
+            _ => None,
+        });
+        configured.fold(self.setting.timing(), |longest, timing| {
+            // Those with the longest interval have the longest silence.
+            let slower = [longest, timing]
+                .into_iter()
+                .max_by_key(|timing| timing.heartbeat_interval_ns);
+            Timing {
+                channel_timeout_ns: longest.channel_timeout_ns.max(timing.channel_timeout_ns),
+                ..slower.unwrap_or(longest)
+            }
+        })
+    }
+
     /// Whether nobody has a reason to suspect anybody. A channel that breaks again and again may stand still for too long.
     #[must_use]
     pub fn is_calm(&self) -> bool {
@@ -370,8 +446,8 @@ impl Plan {
     pub fn end_ns(&self) -> u64 {
         let work_ns = 2 * self.setting.client_ns * u64::from(self.setting.requests + 2);
         // After the last fault: suspicion (twice, skewed), the arbiter's timeouts, the replay of a full queue, a new backup, the clients.
-        let channel_ns = 3 * self.setting.channel_timeout_ns + 2 * self.setting.transfer_ns;
-        self.quiet_ns() + 8 * self.setting.suspect_ns() + channel_ns + 20 * MS + work_ns
+        let channel_ns = 3 * self.longest().channel_timeout_ns + 2 * self.setting.transfer_ns;
+        self.quiet_ns() + 8 * self.longest().silence_ns() + channel_ns + 20 * MS + work_ns
     }
 }
 
@@ -490,9 +566,9 @@ mod tests {
         for seed in 0..300 {
             let plan = Plan::from_seed(seed);
             assert_eq!(plan.faults, Plan::from_seed(seed).faults);
-            assert!(plan.faults.len() <= FAULTS_MAX && plan.quiet_ns() < plan.end_ns());
+            assert!(plan.faults.len() <= FAULTS_MAX + CONFIGURATIONS_MAX && plan.quiet_ns() < plan.end_ns());
             kinds.extend(plan.faults.iter().map(|event| std::mem::discriminant(&event.fault)));
         }
-        assert_eq!(kinds.len(), 15);
+        assert_eq!(kinds.len(), 16);
     }
 }

@@ -196,8 +196,8 @@ impl Guest {
     /// # Errors
     /// [`Diverged`] if the entry was not written by an execution equal to this one.
     pub fn apply(&mut self, body: &Body<'_>) -> Result<Vec<Output>, Diverged> {
-        if matches!(body, Body::Synced { .. }) {
-            // It is about the backup, and no part of the execution.
+        if matches!(body, Body::Synced { .. } | Body::Configuration(_)) {
+            // They are about the pair, and no part of the execution.
             return Ok(Vec::new());
         }
         if self.off {
@@ -245,7 +245,8 @@ impl Guest {
             | Body::Write { .. }
             | Body::Zeroes { .. }
             | Body::Flush
-            | Body::Synced { .. } => {
+            | Body::Synced { .. }
+            | Body::Configuration(_) => {
                 return Err(Diverged(format!("this guest makes no {} entry", body.name())));
             }
         }

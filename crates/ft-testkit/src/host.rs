@@ -175,16 +175,10 @@ impl Host {
             alone: false,
             joins,
             takes_joiners: true,
-            heartbeat_interval_ns: setting.heartbeat_interval_ns,
-            heartbeat_misses: setting.heartbeat_misses,
-            channel_timeout_ns: setting.channel_timeout_ns,
-            // A replay that hangs is no fault of the simulator.
-            replay_timeout_ns: 1 << 50,
+            timing: setting.timing(),
             ack: setting.ack,
             versions: Versions::SPOKEN,
             keeps_journal: true,
-            lag_target_ns: setting.lag_target_ns,
-            lag_limit_ns: setting.lag_limit_ns,
             // Each attempt to be synchronised counts one up.
             instance: u64::from(me.number) << 32 | (me.host as u64) << 31,
         };

@@ -37,6 +37,8 @@ pub enum Mutant {
     AckBeforeReplay,
     /// The vCPU does not pause, however far the backup trails.
     IgnoreThrottle,
+    /// A backup goes on with the times that it started with.
+    IgnoreConfiguration,
     /// A new backup that has the state takes itself for synchronised, whatever the survivor says.
     WinUnsynced,
     /// The survivor lets outputs go that a new backup acknowledged before it may take over.
@@ -47,7 +49,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::AckEarly,
         Self::ReleaseEarly,
         Self::IgnoreGeneration,
@@ -64,6 +66,7 @@ impl Mutant {
         Self::AckBeforeFlush,
         Self::AckBeforeReplay,
         Self::IgnoreThrottle,
+        Self::IgnoreConfiguration,
         Self::WinUnsynced,
         Self::CountUnsynced,
         Self::HoldLate,
@@ -89,6 +92,7 @@ impl Mutant {
             Self::AckBeforeFlush => "ack-before-flush",
             Self::AckBeforeReplay => "ack-before-replay",
             Self::IgnoreThrottle => "ignore-throttle",
+            Self::IgnoreConfiguration => "ignore-configuration",
             Self::WinUnsynced => "win-unsynced",
             Self::CountUnsynced => "count-unsynced",
             Self::HoldLate => "hold-late",

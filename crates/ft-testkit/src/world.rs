@@ -145,6 +145,7 @@ impl World {
                 options.cut.is_none() && plan.is_calm(),
                 plan.breaks() > 0,
                 &plan.setting,
+                plan.longest().heartbeat_interval_ns,
             ),
             outcome: Outcome::default(),
             actions: Vec::new(),
@@ -369,6 +370,7 @@ impl World {
                     self.client_loss.swap_remove(at);
                 }
             }
+            Fault::Configure { timing } => self.configure(timing),
             Fault::LocalFailure { host } => self.local_failure(host),
         }
     }

@@ -92,6 +92,7 @@ fn every_mutant_is_caught_by_the_checker_that_is_there_for_it() {
         (Mutant::AckBeforeFlush, Invariant::ReleasedIsStored),
         (Mutant::AckBeforeReplay, Invariant::ReleasedIsStored),
         (Mutant::IgnoreThrottle, Invariant::Lag),
+        (Mutant::IgnoreConfiguration, Invariant::Calm),
         (Mutant::WinUnsynced, Invariant::OneLiveSide),
         (Mutant::CountUnsynced, Invariant::ReleasedIsStored),
         (Mutant::HoldLate, Invariant::ReleasedIsStored),

@@ -11,6 +11,7 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 use thiserror::Error;
 
+use super::configure::Change;
 use super::protocol::{Answer, ENTRIES_MAX, Request};
 
 /// A daemon that is alive answers at once.
@@ -27,6 +28,15 @@ pub enum Ask {
     List(Where),
     /// Let the journal go on with a new segment.
     Rotate(OfVm),
+    /// Change heartbeats, timeouts and lag of a running pair: on both sides, from one entry of the log on. Asked of the side that executes the VM.
+    Configure {
+        /// Of which VM.
+        #[command(flatten)]
+        of: OfVm,
+        /// What changes.
+        #[command(flatten)]
+        change: Change,
+    },
     /// End a running ft-log, as SIGTERM does; with --vm, one VM of it.
     Stop(OfVm),
     /// List the journal's segments.
@@ -97,6 +107,10 @@ pub fn run(ask: &Ask, out: &mut dyn Write) -> Result<(), AskError> {
         Ask::Status(of) => (&of.at, Request::Status { vm: of.vm.clone() }),
         Ask::List(at) => (at, Request::List {}),
         Ask::Rotate(of) => (&of.at, Request::Rotate { vm: of.vm.clone() }),
+        Ask::Configure { of, change } => {
+            let (vm, change) = (of.vm.clone(), *change);
+            (&of.at, Request::Configure { vm, change })
+        }
         Ask::Stop(of) => (&of.at, Request::Stop { vm: of.vm.clone() }),
         Ask::Segments(of) => (&of.at, Request::Segments { vm: of.vm.clone() }),
         Ask::Entries {

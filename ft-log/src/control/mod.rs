@@ -4,12 +4,13 @@
 //! ```text
 //!  a VM's thread  ──relaxed stores──► [shared] ◄──loads── [server] ◄── JSON lines ── [client]: ft-log status, rotate, ...
 //!         ▲  bell, if there is an order ─────┘               │  └── [archive]: entries of old segments
-//!         └── orders: flags ◄────────────────────────────────┘  [metrics] ◄── HTTP ── Prometheus
+//!         └── orders ◄───────────────────────────────────────┘  [metrics] ◄── HTTP ── Prometheus
 //!  a network daemon ──relaxed stores──► its page ◄──loads── [devices] ──┘
 //! ```
 
 mod archive;
 pub mod client;
+pub mod configure;
 mod devices;
 pub mod metrics;
 pub mod protocol;

@@ -8,6 +8,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::configure::Change;
+
 /// Longest request, so that a hostile client cannot make ft-log buffer more.
 pub const REQUEST_BYTES_MAX: usize = 4096;
 /// Most entries of one answer.
@@ -30,6 +32,14 @@ pub enum Request {
         /// Which VM; may be left out where there is one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         vm: Option<String>,
+    },
+    /// Change the times of a running pair; answered when the entry that does is in the log.
+    Configure {
+        /// Which VM; may be left out where there is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<String>,
+        /// What changes.
+        change: Change,
     },
     /// End one VM's side, or without a name the process, as SIGTERM does.
     Stop {

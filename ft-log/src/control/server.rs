@@ -19,7 +19,7 @@ use tokio_uring::net::{TcpStream, UnixStream};
 use tracing::warn;
 
 use super::{
-    archive,
+    archive, configure,
     metrics::{self, MetricsAddress},
     protocol::{Answer, REQUEST_BYTES_MAX, Request},
     shared::{Shared, StoppedBy, role_name},
@@ -33,6 +33,8 @@ const SCRAPES_MAX: usize = 8;
 const RING_ENTRIES: u32 = 64;
 /// A connection that says nothing for so long is closed.
 const IDLE: Duration = Duration::from_secs(60);
+/// How long an order to change the times may wait for its place in the log.
+const CONFIGURE: Duration = Duration::from_secs(5);
 /// After an error of accept that may go away by itself, such as too many open files.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -322,6 +324,17 @@ async fn answer(request: Request, vms: &[Arc<Shared>]) -> Result<Value, String> 
             journal_of(vm)?;
             vm.order_rotate()?;
             Ok(json!("a new segment begins with the next entry"))
+        }
+        Request::Configure { vm, change } => {
+            let vm = named(vms, vm.as_deref())?;
+            let answered = vm.order_configure(change)?;
+            match tokio::time::timeout(CONFIGURE, answered).await {
+                Ok(Ok(answer)) => answer.map(|(lsn, timing)| json!({ "lsn": lsn.0, "timing": configure::show(&timing) })),
+                Ok(Err(_)) => Err("this side ended before it had written the change down".into()),
+                Err(_) => Err(
+                    "the log is at a standstill and has not taken the change yet; it will when it moves again (ft-log status shows the times in force)".into(),
+                ),
+            }
         }
         Request::Stop { vm: None } => {
             vms.iter().for_each(|vm| vm.order_stop(StoppedBy::Control));

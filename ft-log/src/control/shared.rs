@@ -1,11 +1,12 @@
-//! What a VM's thread and the management plane share: figures one way, orders the other. Atomics only, so that neither waits.
+//! What a VM's thread and the management plane share: figures one way, orders the other. Atomics, and one slot whose lock is held for a move
+//! only, so that neither waits.
 
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     sync::{
-        OnceLock,
+        Mutex, OnceLock, PoisonError,
         atomic::{
             AtomicBool, AtomicU8, AtomicU64,
             Ordering::{AcqRel, Acquire, Relaxed, Release},
@@ -14,15 +15,18 @@ use std::{
 };
 
 use ft_client::{Counters, events::monotonic_ns};
-use ft_protocol::Role;
+use ft_protocol::{Role, Timing};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde_json::{Value, json};
+use tokio::sync::oneshot;
 
 use crate::{
     arbiter::ArbiterAddress,
     config::{Config, Side},
     exit::Exit,
 };
+
+use super::configure::{self, Change, Order};
 
 /// Every role, in the order of the numbers that stand for them here.
 pub(crate) const ROLES: [(Role, &str); 8] = [
@@ -93,6 +97,8 @@ pub struct Figures {
     pub segment_bytes: u64,
     /// Bytes that wait for the disk.
     pub journal_waiting_bytes: u64,
+    /// The times in force.
+    pub timing: Timing,
 }
 
 impl Figures {
@@ -122,10 +128,12 @@ pub enum StoppedBy {
 }
 
 /// What the operator ordered since the last look.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Orders {
     /// To begin a new segment of the journal.
     pub rotate: bool,
+    /// To change the times of the pair.
+    pub(crate) configure: Option<Order>,
     /// To end this side.
     pub stop: Option<StoppedBy>,
 }
@@ -159,6 +167,7 @@ pub struct Shared {
     /// Of each device, with its name.
     counters: OnceLock<Vec<(String, Counters)>>,
     rotate: AtomicBool,
+    configure: Mutex<Option<Order>>,
     /// 0, or 1 + [`StoppedBy`].
     stop: AtomicU8,
     /// Rung for an order. Nobody but this process has it: a local client cannot take an order away.
@@ -166,7 +175,7 @@ pub struct Shared {
 }
 
 /// Places of the figures.
-const NUMBERS: usize = 15;
+const NUMBERS: usize = 21;
 
 impl Shared {
     /// Of a VM that is about to start.
@@ -189,6 +198,7 @@ impl Shared {
             ended: OnceLock::new(),
             counters: OnceLock::new(),
             rotate: AtomicBool::new(false),
+            configure: Mutex::new(None),
             stop: AtomicU8::new(0),
             bell: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
         })
@@ -241,6 +251,12 @@ impl Shared {
             figures.segment_bytes,
             figures.journal_waiting_bytes,
             figures.version.into(),
+            figures.timing.heartbeat_interval_ns,
+            figures.timing.heartbeat_misses.into(),
+            figures.timing.channel_timeout_ns,
+            figures.timing.replay_timeout_ns,
+            figures.timing.lag_target_ns,
+            figures.timing.lag_limit_ns,
         ];
         let places: &[AtomicU64; NUMBERS] = &self.numbers;
         places
@@ -261,6 +277,7 @@ impl Shared {
     pub fn take_orders(&self) -> Orders {
         Orders {
             rotate: self.rotate.swap(false, AcqRel),
+            configure: self.configuring().take(),
             stop: match self.stop.swap(0, AcqRel) {
                 0 => None,
                 1 => Some(StoppedBy::Signal),
@@ -294,6 +311,14 @@ impl Shared {
             segment_bytes: number(12),
             journal_waiting_bytes: number(13),
             version: number(14) as u32,
+            timing: Timing {
+                heartbeat_interval_ns: number(15),
+                heartbeat_misses: number(16) as u32,
+                channel_timeout_ns: number(17),
+                replay_timeout_ns: number(18),
+                lag_target_ns: number(19),
+                lag_limit_ns: number(20),
+            },
         }
     }
 
@@ -308,6 +333,29 @@ impl Shared {
         self.rotate.store(true, Release);
         self.ring();
         Ok(())
+    }
+
+    /// Has the times of the pair changed. What comes back is the entry that does it, or why there is none.
+    ///
+    /// # Errors
+    /// An earlier change that the VM's thread has not looked at.
+    pub(crate) fn order_configure(&self, change: Change) -> Result<oneshot::Receiver<configure::Answer>, String> {
+        if let Some(ended) = self.ended() {
+            return Err(format!("VM '{}' is over already: {}", self.identity.vm, ended.reason));
+        }
+        let mut slot = self.configuring();
+        if slot.is_some() {
+            return Err("another change is under way: try again".into());
+        }
+        let (answer, answered) = oneshot::channel();
+        *slot = Some(Order { change, answer });
+        drop(slot);
+        self.ring();
+        Ok(answered)
+    }
+
+    fn configuring(&self) -> std::sync::MutexGuard<'_, Option<Order>> {
+        self.configure.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn order_stop(&self, by: StoppedBy) {
@@ -351,6 +399,7 @@ impl Shared {
             "peer": identity.peer.map(|peer| peer.to_string()),
             "channel": if now.channel_up { "up" } else { "down" },
             "datagrams_ignored": now.datagrams_ignored,
+            "timing": configure::show(&now.timing),
             "arbiter": {
                 "address": identity.arbiter.to_string(),
                 "state": if now.arbiter_unreachable { "unreachable" } else { "ok" },

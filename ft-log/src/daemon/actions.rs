@@ -77,7 +77,7 @@ impl Daemon {
                 role,
                 generation,
                 replay_end,
-            } => self.publish(role, generation, replay_end),
+            } => self.publish(role, generation, replay_end)?,
             Action::Suspect { reason } => {
                 warn!("the peer is suspected: {reason}");
                 self.events.emit("suspect", json!({ "reason": reason }));
@@ -129,7 +129,7 @@ impl Daemon {
         }
     }
 
-    fn publish(&mut self, role: Role, generation: Generation, replay_end: Lsn) {
+    fn publish(&mut self, role: Role, generation: Generation, replay_end: Lsn) -> io::Result<()> {
         let is_primary = self.vm.is_primary();
         match role {
             Role::Recording | Role::Replaying => {
@@ -152,6 +152,7 @@ impl Daemon {
         info!("{role:?}, generation {generation}");
         match role {
             Role::Recording | Role::Replaying => {
+                self.note_timing_of_pair()?;
                 let version = self.vm.replica.version();
                 self.events
                     .emit("paired", json!({ "generation": generation.0, "version": version }));
@@ -167,6 +168,7 @@ impl Daemon {
             }
             _ => {}
         }
+        Ok(())
     }
 
     /// The arbiter's word, for the core and the operator. A trouble that stays is told once.

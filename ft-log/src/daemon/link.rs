@@ -113,6 +113,17 @@ impl Link {
         }
     }
 
+    /// Sets how long a connection may carry nothing.
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub(super) fn set_timeout(&mut self, timeout_ms: u32) -> io::Result<()> {
+        self.timeout_ms = timeout_ms;
+        self.channel
+            .as_ref()
+            .map_or(Ok(()), |channel| channel.set_timeout(timeout_ms))
+    }
+
     /// A connection was turned away. Whoever tries again and again for the same reason is told of once.
     fn tell_turned_away(&mut self, peer: SocketAddr, reason: String) {
         if self.turned_away.as_ref() != Some(&reason) {

@@ -10,6 +10,7 @@
 //! plain system calls because they are done at once: ringing an eventfd, waking the shim, and lines for people (log, events).
 
 mod actions;
+mod configure;
 mod link;
 mod polling;
 mod receive;
@@ -115,6 +116,8 @@ pub struct Daemon {
     news: Vec<News>,
     scratch: Vec<u8>,
     report_at_ns: u64,
+    /// The operator's change that is on its way into the log.
+    configuring: Option<configure::Pending>,
     ending: Option<Ending>,
     /// Why this side is over.
     reason: String,
@@ -151,6 +154,7 @@ impl Daemon {
             news: Vec::new(),
             scratch: Vec::new(),
             report_at_ns: now_ns + ns(config.timers.report_interval_ms),
+            configuring: None,
             ending: None,
             reason: String::new(),
             shared: parts.shared,

@@ -89,6 +89,7 @@ impl Daemon {
         let from = self.vm.replica.last().next();
         let mut next = from;
         let mut power_off = None;
+        let mut configurations = Vec::new();
         let received = channel.unused();
         let (mut used, mut known) = (0, 0);
         let stop = loop {
@@ -129,8 +130,10 @@ impl Daemon {
                 break Stop::Full;
             }
             self.vm.local.replay.stage(length, |out| out.copy_from_slice(bytes));
-            if matches!(entry.body, Body::PowerOff { .. }) {
-                power_off = Some(next);
+            match entry.body {
+                Body::PowerOff { .. } => power_off = Some(next),
+                Body::Configuration(timing) => configurations.push((next, timing)),
+                _ => {}
             }
             used += length;
             next = next.next();
@@ -150,6 +153,7 @@ impl Daemon {
                 from,
                 through,
                 power_off,
+                configuration: None,
             };
             self.count(batch, used - known);
             self.handle(Event::Received {
@@ -161,7 +165,10 @@ impl Daemon {
             if let Err(failure) = journalled {
                 self.journal_failed(failure)?;
             }
-            self.note_power_off(batch)?;
+            for (lsn, timing) in configurations {
+                self.note_configuration(lsn, timing)?;
+            }
+            self.note(batch)?;
         }
         Ok(stop)
     }

@@ -48,7 +48,7 @@ impl Daemon {
         if let Err(failure) = journalled {
             self.journal_failed(failure)?;
         }
-        self.note_power_off(batch)?;
+        self.note(batch)?;
         Ok(true)
     }
 
@@ -62,7 +62,7 @@ impl Daemon {
             return Ok(false);
         };
         self.count(batch, self.scratch.len());
-        self.note_power_off(batch)?;
+        self.note(batch)?;
         Ok(true)
     }
 
@@ -81,7 +81,11 @@ impl Daemon {
         self.vm.counters.bytes += bytes as u64;
     }
 
-    pub(super) fn note_power_off(&mut self, batch: Batch) -> io::Result<()> {
+    /// What ft-log itself has to know of the entries of a batch.
+    pub(super) fn note(&mut self, batch: Batch) -> io::Result<()> {
+        if let Some((lsn, timing)) = batch.configuration {
+            self.note_configuration(lsn, timing)?;
+        }
         let Some(lsn) = batch.power_off else { return Ok(()) };
         self.vm.power_off = Some(lsn);
         self.handle(Event::PowerOffEntry { lsn })

@@ -32,15 +32,23 @@ impl Daemon {
             segment: journal.segment.into(),
             segment_bytes: journal.segment_bytes,
             journal_waiting_bytes: journal.waiting_bytes,
+            timing: *replica.timing(),
         });
     }
 
     /// Does what the operator ordered.
     pub(super) fn obey(&mut self) -> io::Result<()> {
-        let Orders { rotate, stop } = self.shared.take_orders();
+        let Orders {
+            rotate,
+            configure,
+            stop,
+        } = self.shared.take_orders();
         if rotate {
             info!("the journal goes on with a new segment, as the operator ordered");
             self.vm.journal.rotate();
+        }
+        if let Some(order) = configure {
+            self.configure(order)?;
         }
         let reason = match stop {
             None => return Ok(()),

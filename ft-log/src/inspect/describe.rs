@@ -7,6 +7,8 @@ use ft_protocol::{
 };
 use serde_json::{Map, Value, json};
 
+use crate::control::configure;
+
 /// Bytes of a payload that a table shows.
 const SHOWN_BYTES: usize = 16;
 
@@ -43,6 +45,7 @@ pub(super) fn fields(body: &Body<'_>) -> Map<String, Value> {
         Body::Write { sector, payload } => json!({ "sector": sector, "payload_bytes": payload.len() }),
         Body::Zeroes { sector, sectors, unmap } => json!({ "sector": sector, "sectors": sectors, "unmap": unmap }),
         Body::Synced { instance } => json!({ "instance": format!("{instance:016x}") }),
+        Body::Configuration(timing) => configure::show(timing),
         Body::Kick(_) | Body::Sync(_) | Body::Flush => json!({}),
     };
     match fields {

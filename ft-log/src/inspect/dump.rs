@@ -3,27 +3,13 @@
 use std::{io::Write, ops::RangeInclusive};
 
 use clap::Args;
-use ft_protocol::{DeviceId, entry::Entry};
+use ft_protocol::{
+    DeviceId,
+    entry::{Entry, NAMES},
+};
 use serde_json::json;
 
 use super::{Condition, Ending, Format, InspectError, Source, describe};
-
-/// As `Body::name` says them.
-const KINDS: [&str; 13] = [
-    "boot",
-    "kick",
-    "input",
-    "deliver",
-    "time",
-    "console",
-    "sync",
-    "pages",
-    "state",
-    "write",
-    "zeroes",
-    "flush",
-    "power-off",
-];
 
 /// Which entries of which journals.
 #[derive(Clone, Debug, Args)]
@@ -31,7 +17,7 @@ pub struct Arguments {
     #[command(flatten)]
     source: Source,
     /// Only entries of these kinds, comma separated.
-    #[arg(long, value_name = "KINDS", value_delimiter = ',', value_parser = KINDS)]
+    #[arg(long, value_name = "KINDS", value_delimiter = ',', value_parser = NAMES)]
     kind: Vec<String>,
     /// Only entries of these LSNs: N, FROM.., ..TO or FROM..TO, both ends included.
     #[arg(long, value_name = "RANGE", value_parser = lsn_range, default_value = "..")]

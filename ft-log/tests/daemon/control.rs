@@ -24,7 +24,7 @@ fn start(world: &World, host: HostId) -> Host {
     world.host_with(host, &["--control", &control, "--metrics", &metrics])
 }
 
-fn pair(world: &World) -> (Host, Host) {
+pub(crate) fn pair(world: &World) -> (Host, Host) {
     let (a, b) = (start(world, HostId::A), start(world, HostId::B));
     a.wait_role(Role::Recording);
     b.wait_role(Role::Replaying);
@@ -32,7 +32,7 @@ fn pair(world: &World) -> (Host, Host) {
 }
 
 /// One request as `ft-log` itself makes it: its exit status and what it printed.
-fn ask(world: &World, host: HostId, words: &[&str]) -> (i32, String, String) {
+pub(crate) fn ask(world: &World, host: HostId, words: &[&str]) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_ft-log"))
         .arg(words[0])
         .arg("--control")
@@ -44,7 +44,7 @@ fn ask(world: &World, host: HostId, words: &[&str]) -> (i32, String, String) {
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
 }
 
-fn ask_json(world: &World, host: HostId, words: &[&str]) -> Value {
+pub(crate) fn ask_json(world: &World, host: HostId, words: &[&str]) -> Value {
     let words: Vec<_> = words.iter().chain(&["--json"]).copied().collect();
     let (code, out, error) = ask(world, host, &words);
     assert_eq!(code, 0, "{error}");
@@ -52,7 +52,7 @@ fn ask_json(world: &World, host: HostId, words: &[&str]) -> Value {
 }
 
 /// Asks until the answer is right: figures are shown once a turn of the daemon's loop.
-fn wait_status(world: &World, host: HostId, is_right: impl Fn(&Value) -> bool) -> Value {
+pub(crate) fn wait_status(world: &World, host: HostId, is_right: impl Fn(&Value) -> bool) -> Value {
     let deadline = Instant::now() + DEADLINE;
     loop {
         let status = ask_json(world, host, &["status"]);

@@ -16,7 +16,7 @@ use ft_client::{
     ring::Producer,
 };
 use ft_protocol::{
-    DeviceId, Generation, Lsn, Role,
+    DeviceId, Generation, Lsn, Role, Timing,
     entry::{Body, Entry, Stop},
     frame::{self, VERSION},
     limits::CANDIDATES_MAX,
@@ -31,7 +31,7 @@ use nix::sys::{
     },
 };
 
-use crate::world::{DEADLINE, Daemon, FINGERPRINT, Host, HostId, Locals, SUSPICIOUS, VM, World};
+use crate::world::{DEADLINE, Daemon, FINGERPRINT, Host, HostId, Locals, VM, World};
 
 // ---- local clients -------------------------------------------------------------------------------------------------------
 
@@ -232,6 +232,16 @@ pub(crate) fn connect_as_a(world: &World) -> TcpStream {
     stream
 }
 
+/// A peer that says these times makes a backup suspect nobody.
+const PATIENT: Timing = Timing {
+    heartbeat_interval_ns: 20_000_000,
+    heartbeat_misses: 10_000,
+    channel_timeout_ns: 600_000_000_000,
+    replay_timeout_ns: 600_000_000_000,
+    lag_target_ns: 100_000_000,
+    lag_limit_ns: 1_000_000_000,
+};
+
 pub(crate) fn hello() -> Hello {
     Hello {
         versions: Versions::SPOKEN,
@@ -242,6 +252,7 @@ pub(crate) fn hello() -> Hello {
         ack: Strength::Received,
         last: Lsn::ZERO,
         standing: Standing::Whole,
+        timing: Some(PATIENT),
     }
 }
 
@@ -292,13 +303,14 @@ pub(crate) fn wait_closed(stream: &mut TcpStream) {
 
 /// A backup that a fake primary is paired with.
 fn paired_backup(world: &World) -> (Host, TcpStream) {
-    paired_backup_with(world, &[])
+    paired_backup_with(world, PATIENT)
 }
 
-fn paired_backup_with(world: &World, more: &[&str]) -> (Host, TcpStream) {
-    let mut b = world.host_with(HostId::B, more);
+fn paired_backup_with(world: &World, timing: Timing) -> (Host, TcpStream) {
+    let mut b = world.host_with(HostId::B, &[]);
     let mut stream = connect_as_a(world);
-    send(&mut stream, &Message::Hello(hello()));
+    let timing = Some(timing);
+    send(&mut stream, &Message::Hello(Hello { timing, ..hello() }));
     assert!(matches!(
         receive(&mut stream),
         Message::Hello(Hello { primary: false, .. })
@@ -311,11 +323,16 @@ fn paired_backup_with(world: &World, more: &[&str]) -> (Host, TcpStream) {
 fn a_backup_that_lost_its_primary_before_the_first_entry_can_be_paired_again() {
     let world = World::new();
     // A channel that is away for so long is not expected back.
-    let (mut b, stream) = paired_backup_with(&world, &["--channel-timeout-ms", "1000"]);
+    let timing = Timing {
+        channel_timeout_ns: 1_000_000_000,
+        ..PATIENT
+    };
+    let (mut b, stream) = paired_backup_with(&world, timing);
     drop(stream);
     b.wait_role(Role::Pairing);
     let mut stream = connect_as_a(&world);
-    send(&mut stream, &Message::Hello(hello()));
+    let timing = Some(timing);
+    send(&mut stream, &Message::Hello(Hello { timing, ..hello() }));
     b.daemon.wait_event("paired");
     assert!(matches!(receive(&mut stream), Message::Hello(_)));
     stream.write_all(&entry(1, 1)).unwrap();
@@ -365,7 +382,7 @@ fn hello_of(oldest: u32, newest: u32) -> Hello {
 
 #[test]
 fn a_peer_that_speaks_more_versions_or_older_ones_too_is_met_at_the_highest_common_one() {
-    for (oldest, newest, common) in [(3, 3, 3), (1, 3, 3), (3, 4, 4), (4, 4, 4), (3, 9, 4), (1, 9, 4)] {
+    for (oldest, newest, common) in [(3, 3, 3), (1, 3, 3), (3, 4, 4), (4, 5, 5), (3, 9, 5), (1, 9, 5)] {
         let world = World::new();
         let mut b = world.host_with(HostId::B, &[]);
         let mut stream = connect_as_a(&world);
@@ -382,9 +399,9 @@ fn a_peer_that_speaks_more_versions_or_older_ones_too_is_met_at_the_highest_comm
 #[test]
 fn a_hello_that_does_not_fit_is_refused_with_the_reason_on_both_sides() {
     for (wrong, reason) in [
-        (hello_of(9, 11), "version 9 to 11 there, 3 to 4 here"),
+        (hello_of(9, 11), "version 9 to 11 there, 3 to 5 here"),
         // A release that knows no ranges.
-        (hello_of(2, 2), "version 2 there, 3 to 4 here"),
+        (hello_of(2, 2), "version 2 there, 3 to 5 here"),
         (
             Hello {
                 vm: "other".into(),
@@ -559,10 +576,11 @@ fn a_backup_that_acknowledges_too_much_halts_the_primary() {
 #[test]
 fn heartbeats_of_another_vm_or_address_do_not_keep_a_peer_alive() {
     let world = World::new();
-    let mut b = world.host_with(HostId::B, SUSPICIOUS);
-    let mut stream = connect_as_a(&world);
-    send(&mut stream, &Message::Hello(hello()));
-    b.daemon.wait_event("paired");
+    let suspicious = Timing {
+        heartbeat_misses: 100,
+        ..PATIENT
+    };
+    let (mut b, _stream) = paired_backup_with(&world, suspicious);
     let heartbeat = |vm: &str| {
         let mut bytes = Vec::new();
         let message = Message::Heartbeat {
@@ -571,6 +589,7 @@ fn heartbeats_of_another_vm_or_address_do_not_keep_a_peer_alive() {
             sequence: 1,
             replayed: Lsn(0),
             full: false,
+            asks: false,
         };
         message.encode(Generation(1), &mut bytes);
         bytes

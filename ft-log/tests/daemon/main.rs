@@ -2,6 +2,7 @@
 
 mod acknowledgements;
 mod arbiter;
+mod configure;
 mod control;
 mod failover;
 mod hostile;

@@ -156,6 +156,7 @@ fn heartbeats_without_the_sessions_key_are_ignored() {
         sequence: u64::MAX,
         replayed: last,
         full: false,
+        asks: false,
     };
     heartbeat.encode(Generation(1), &mut forged);
     forged.extend([0; 16]);

@@ -106,8 +106,8 @@ impl<S: Source> Replayer<S> {
                     });
                     continue;
                 }
-                // It is about the backup, and no part of the execution.
-                Body::Synced { .. } => continue,
+                // They are about the pair, and no part of the execution.
+                Body::Synced { .. } | Body::Configuration(_) => continue,
                 Body::Boot { .. } => return Err(Error::LogEnds(format!("entry {} is a second power-on", entry.lsn))),
                 Body::Write { .. } | Body::Zeroes { .. } | Body::Flush => {
                     return Err(Error::LogEnds(format!(

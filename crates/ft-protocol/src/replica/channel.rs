@@ -102,6 +102,7 @@ impl Replica {
             ack: self.ack,
             last: self.last,
             standing: self.standing(),
+            timing: Some(self.config.timing),
         })
     }
 
@@ -122,7 +123,7 @@ impl Replica {
         } else {
             self.channel.greeted_ns
         };
-        since.map(|since| since.saturating_add(self.config.channel_timeout_ns / 2))
+        since.map(|since| since.saturating_add(self.channel_timeout_ns() / 2))
     }
 
     pub(super) fn break_channel(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
@@ -253,13 +254,14 @@ impl Replica {
         self.peer_instance = other.instance;
         self.version = own.versions.common(other.versions);
         self.heard_ns = now_ns;
-        self.heartbeat_due_ns = now_ns;
+        self.beat.begin();
         self.channel.open(now_ns);
         if self.config.primary {
             self.change_role(Role::Recording, actions);
         } else {
             self.generation = generation;
             self.ack = other.ack;
+            self.adopt_timing(other);
             self.say_hello(actions);
             self.change_role(Role::Replaying, actions);
         }

@@ -31,10 +31,12 @@ impl Replica {
         if !self.may_suspect() {
             return None;
         }
-        let silence = self.config.heartbeat_interval_ns * u64::from(self.config.heartbeat_misses);
-        let mut soonest = (self.heard_ns.saturating_add(silence), "no heartbeat and no log traffic");
+        let mut soonest = (
+            self.heard_ns.saturating_add(self.silence_ns()),
+            "no heartbeat and no log traffic",
+        );
         let mut consider = |since: u64, why| {
-            let at = since.saturating_add(self.config.channel_timeout_ns);
+            let at = since.saturating_add(self.channel_timeout_ns());
             if at < soonest.0 {
                 soonest = (at, why);
             }
@@ -104,7 +106,7 @@ impl Replica {
         self.ask_again_ns = None;
         match verdict {
             Verdict::Unreachable => {
-                self.ask_again_ns = Some(now_ns + self.config.heartbeat_interval_ns);
+                self.ask_again_ns = Some(now_ns + self.config.timing.heartbeat_interval_ns);
             }
             Verdict::Lost if self.role == Role::Pairing => self.halt(
                 format!(
@@ -175,7 +177,7 @@ impl Replica {
             return;
         }
         if self.replay_hangs_at_ns().is_some_and(|at| now_ns >= at) {
-            let timeout_ms = self.config.replay_timeout_ns / 1_000_000;
+            let timeout_ms = self.config.timing.replay_timeout_ns / 1_000_000;
             let (replayed, last) = (self.progress.replayed, self.last);
             self.fail(
                 format!(
@@ -188,17 +190,8 @@ impl Replica {
         if self.tell_at_ns().is_some_and(|at| now_ns >= at) {
             self.tell(now_ns, actions);
         }
-        if now_ns >= self.heartbeat_due_ns {
-            self.heartbeat_due_ns = now_ns + self.config.heartbeat_interval_ns;
-            self.heartbeat_sequence += 1;
-            let replayed = if self.leads { self.last } else { self.progress.replayed };
-            actions.push(Action::SendHeartbeat(Message::Heartbeat {
-                vm: crate::message::vm_hash(&self.config.vm),
-                lsn: self.last,
-                sequence: self.heartbeat_sequence,
-                replayed,
-                full: self.replay_full,
-            }));
+        if now_ns >= self.heartbeat_due_ns() {
+            self.send_heartbeat(now_ns, actions);
         }
         if let Some((at, why)) = self.suspicion()
             && now_ns >= at

@@ -4,6 +4,7 @@ use crate::{
     held::Committed,
     ids::{Generation, Lsn},
     message::{Message, Strength},
+    timing::Timing,
     versions::Versions,
 };
 
@@ -105,6 +106,13 @@ pub enum Event {
         lsn: Lsn,
         /// Which backup is meant.
         instance: u64,
+    },
+    /// The entry at this LSN is [`crate::Body::Configuration`]. Told after the [`Event::Received`] that has it, and as soon as it is appended.
+    ConfigurationEntry {
+        /// Its LSN.
+        lsn: Lsn,
+        /// The times from here on.
+        timing: Timing,
     },
     /// The arbiter answered for a generation.
     Arbiter {
@@ -225,23 +233,13 @@ pub struct Config {
     pub joins: bool,
     /// Whether a new backup is taken while this side is live. A shell that cannot transfer the state says no.
     pub takes_joiners: bool,
-    /// Between two heartbeats, ns.
-    pub heartbeat_interval_ns: u64,
-    /// Intervals of silence after which the peer is suspected.
-    pub heartbeat_misses: u32,
-    /// How long the channel may be away, or stand still, while heartbeats go on, ns. At half of it a channel that stands still is
-    /// broken and connected anew.
-    pub channel_timeout_ns: u64,
-    /// Backup: how long its replay may apply nothing although there is something to apply, ns. A replay that hangs is a replica that failed.
-    pub replay_timeout_ns: u64,
+    /// The times that it starts with. A backup takes those of the side that executes the VM; [`Replica::timing`](super::Replica::timing) has
+    /// those in force.
+    pub timing: Timing,
     /// Primary: what an acknowledgement must mean.
     pub ack: Strength,
     /// Backup: whether its journal is flushed, so that it can acknowledge durably.
     pub keeps_journal: bool,
-    /// Primary: lag up to which it is not slowed, ns.
-    pub lag_target_ns: u64,
-    /// Primary: lag at which it stands still, ns.
-    pub lag_limit_ns: u64,
     /// Drawn at random at every start of the daemon.
     pub instance: u64,
 }

@@ -73,6 +73,7 @@ impl Replica {
             durable: said.durable.max(self.progress.durable),
             replayed: said.replayed.max(self.progress.replayed),
         };
+        self.settle_configuration();
         self.lag.replayed(self.progress.replayed);
         self.note_movement(now_ns, moved);
         if moved {
@@ -89,11 +90,12 @@ impl Replica {
 
     /// How much the vCPU must pause. While the arbiter decides it stays as it was: nothing is heard of the replay then.
     pub(super) fn set_throttle(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        let timing = &self.config.timing;
         let permille = match self.role {
-            Role::Recording => lag::throttle(self.lag.ns(now_ns), self.config.lag_target_ns, self.config.lag_limit_ns),
+            Role::Recording => lag::throttle(self.lag.ns(now_ns), timing.lag_target_ns, timing.lag_limit_ns),
             // What the new backup cannot replay while its state is on its way does not slow the VM down.
             Role::Live if self.sync != Sync::Adopted => 0,
-            Role::Live => lag::throttle(self.lag.ns(now_ns), self.config.lag_target_ns, self.config.lag_limit_ns),
+            Role::Live => lag::throttle(self.lag.ns(now_ns), timing.lag_target_ns, timing.lag_limit_ns),
             _ => return,
         };
         let is_edge = |permille: u32| permille == 0 || permille == THROTTLE_MAX;
@@ -183,7 +185,7 @@ impl Replica {
             return None;
         }
         let since = self.replay_still_since_ns?;
-        Some(since.saturating_add(self.config.replay_timeout_ns))
+        Some(since.saturating_add(self.config.timing.replay_timeout_ns))
     }
 
     /// When the replay's progress must be told.
@@ -200,31 +202,5 @@ impl Replica {
             self.told_ns = now_ns;
             actions.push(Action::Send(Message::Ack(self.progress)));
         }
-    }
-
-    // ---- both --------------------------------------------------------------------------------------------------------
-
-    pub(super) fn heartbeat(&mut self, now_ns: u64, last: Lsn, replayed: Lsn, full: bool, actions: &mut Vec<Action>) {
-        self.heard_ns = now_ns;
-        if !self.is_pair() {
-            return;
-        }
-        if !self.leads {
-            if self.greets && last > self.last && !self.replay_full {
-                // Whoever connects must notice that another connection is needed.
-                self.channel.still_since_ns.get_or_insert(now_ns);
-            } else {
-                self.channel.still_since_ns = None;
-            }
-            return;
-        }
-        // A backup that has not its state cannot make room, and the VM is not to wait for that.
-        if full && self.sync != Sync::Transfer && self.channel.still_since_ns.is_some() {
-            // It stands still because the replay has no room: that is flow control.
-            self.channel.still_since_ns = Some(now_ns);
-        }
-        // Datagrams are no acknowledgements: this is for the lag only.
-        self.lag.replayed(replayed.min(self.last));
-        self.set_throttle(now_ns, actions);
     }
 }

@@ -22,14 +22,18 @@
 //! - what a backup acknowledges commits nothing before it is synchronised.
 //!
 //! A live side may take a new backup, and is the primary of a pair again ([`repair`]). The channel may break and come back within a generation ([`channel`]); what the backup says of the log is in [`log`], who is
-//! suspected and who goes live in [`failure`].
+//! suspected and who goes live in [`failure`], the heartbeats in [`heartbeat`], times that change meanwhile in [`configuration`].
 
 mod channel;
+mod configuration;
 mod failure;
+mod heartbeat;
 mod interface;
 mod log;
 mod repair;
 
+use configuration::Changing;
+use heartbeat::{Beat, Heard};
 pub use interface::{Action, Config, Event, Role, Verdict};
 pub use log::Place;
 use repair::Sync;
@@ -82,8 +86,9 @@ pub struct Replica {
     lag: Lag,
     throttle: u32,
     heard_ns: u64,
-    heartbeat_due_ns: u64,
-    heartbeat_sequence: u64,
+    beat: Beat,
+    /// New times that the backup may not have.
+    changing: Option<Changing>,
     ask_again_ns: Option<u64>,
     won: bool,
 }
@@ -119,8 +124,8 @@ impl Replica {
             lag: Lag::default(),
             throttle: 0,
             heard_ns: now_ns,
-            heartbeat_due_ns: now_ns,
-            heartbeat_sequence: 0,
+            beat: Beat::default(),
+            changing: None,
             ask_again_ns: None,
             won: false,
         }
@@ -203,7 +208,7 @@ impl Replica {
         if matches!(self.role, Role::Halted | Role::Off | Role::GoingLive) {
             return None;
         }
-        let pair = self.paired.then_some(self.heartbeat_due_ns);
+        let pair = self.paired.then(|| self.heartbeat_due_ns());
         let suspicion = self.suspicion().map(|(at, _)| at);
         [
             pair,
@@ -256,6 +261,7 @@ impl Replica {
             Event::Adopted => self.adopted(now_ns, actions),
             Event::Holding { generation } => self.holding(generation, actions),
             Event::SyncedEntry { lsn, instance } => self.synced_entry(now_ns, lsn, instance, actions),
+            Event::ConfigurationEntry { lsn, timing } => self.configuration_entry(lsn, timing),
             Event::Arbiter { generation, verdict } => self.arbiter(now_ns, generation, verdict, actions),
             Event::LocalFailure { reason } => self.fail(reason, actions),
             Event::Tick => self.tick(now_ns, actions),
@@ -271,8 +277,20 @@ impl Replica {
             Message::Ack(watermarks) => self.ack(now_ns, watermarks, actions),
             Message::Gone { .. } => self.suspect(now_ns, "the peer's replica ended", actions),
             Message::Heartbeat {
-                lsn, replayed, full, ..
-            } => self.heartbeat(now_ns, lsn, replayed, full, actions),
+                lsn: last,
+                replayed,
+                full,
+                asks,
+                ..
+            } => {
+                let heard = Heard {
+                    last,
+                    replayed,
+                    full,
+                    asks,
+                };
+                self.heartbeat(now_ns, heard, actions);
+            }
         }
     }
 

@@ -140,7 +140,7 @@ impl Replica {
         self.begin_at(start);
         self.lag = Lag::after(start);
         self.heard_ns = now_ns;
-        self.heartbeat_due_ns = now_ns;
+        self.beat.begin();
         self.channel = Channel::default();
         self.channel.open(now_ns);
         self.say_hello(actions);
@@ -180,6 +180,7 @@ impl Replica {
         self.paired = false;
         self.sync = Sync::Done;
         self.synced_entry = None;
+        self.changing = None;
         self.replay_still_since_ns = None;
         self.lag = Lag::default();
     }
@@ -194,7 +195,7 @@ impl Replica {
 
     /// The new backup has the state and is near enough: outputs are held from here on.
     pub(super) fn maybe_hold(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
-        let is_near = self.lag.ns(now_ns) <= self.config.lag_target_ns;
+        let is_near = self.lag.ns(now_ns) <= self.config.timing.lag_target_ns;
         if self.role == Role::Live && self.sync == Sync::Adopted && is_near && self.power_off.is_none() {
             self.sync = Sync::Holding;
             actions.push(Action::Hold { after: self.last });
@@ -240,10 +241,11 @@ impl Replica {
         self.version = version;
         self.generation = generation;
         self.ack = other.ack;
+        self.adopt_timing(other);
         self.sync = Sync::Transfer;
         self.begin_at(other.last);
         self.heard_ns = now_ns;
-        self.heartbeat_due_ns = now_ns;
+        self.beat.begin();
         self.channel = Channel::default();
         self.channel.open(now_ns);
         self.change_role(Role::Replaying, actions);

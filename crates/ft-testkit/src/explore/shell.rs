@@ -1,7 +1,7 @@
 //! What the daemons do in the exploration: the core's actions, deliveries, the arbiter, the state of a new backup.
 
 use ft_protocol::{
-    Action, Event, Generation, Lsn, Place, Replica, Role, Strength, Verdict,
+    Action, Event, Generation, Lsn, Place, Replica, Role, Strength, Timing, Verdict,
     message::{Hello, Message},
     replica::Config,
     versions::Versions,
@@ -39,15 +39,17 @@ impl Small {
             alone: false,
             joins,
             takes_joiners: true,
-            heartbeat_interval_ns: 1 << 20,
-            heartbeat_misses: 2,
-            channel_timeout_ns: 1 << 30,
-            replay_timeout_ns: 1 << 40,
+            timing: Timing {
+                heartbeat_interval_ns: 1 << 20,
+                heartbeat_misses: 2,
+                channel_timeout_ns: 1 << 30,
+                replay_timeout_ns: 1 << 40,
+                lag_target_ns: LATE_NS * 4,
+                lag_limit_ns: LATE_NS * 8,
+            },
             ack: self.ack,
             versions: Versions::SPOKEN,
             keeps_journal: true,
-            lag_target_ns: LATE_NS * 4,
-            lag_limit_ns: LATE_NS * 8,
             // Each attempt to be synchronised counts one up.
             instance: u64::from(host) << 16 | u64::from(incarnation) << 8,
         };

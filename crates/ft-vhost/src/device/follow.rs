@@ -177,7 +177,7 @@ impl<D: Device> Follower<'_, D> {
             )));
         }
         match entry.body {
-            Body::Boot { .. } | Body::PowerOff { .. } | Body::Synced { .. } => {}
+            Body::Boot { .. } | Body::PowerOff { .. } | Body::Synced { .. } | Body::Configuration(_) => {}
             Body::Flush => {
                 if std::mem::replace(&mut self.unsynced, false) {
                     self.device.apply(&Body::Flush)?;

@@ -143,6 +143,7 @@ fn a_hello_without_an_answer_breaks_the_channel_and_the_next_one_is_tried() {
                 sequence: 0,
                 replayed: Lsn(0),
                 full: false,
+                asks: false,
             };
             let generation = Generation(1);
             step(primary, now_ns, Event::Message { generation, message });

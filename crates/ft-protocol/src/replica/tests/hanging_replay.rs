@@ -10,6 +10,7 @@ fn tick(backup: &mut Replica, now_ns: u64) -> Vec<Action> {
         sequence: now_ns,
         replayed: Lsn::ZERO,
         full: false,
+        asks: false,
     };
     let generation = backup.generation();
     step(

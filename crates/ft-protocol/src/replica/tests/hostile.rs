@@ -18,6 +18,10 @@ fn any_hello(primary: bool, a: u8, b: u8) -> Hello {
     Hello {
         instance: 1 + u64::from(b % 3),
         standing: [Standing::Whole, Standing::Nothing, Standing::Part][usize::from(a % 3)],
+        timing: Some(Timing {
+            heartbeat_misses: u32::from(a),
+            ..TIMING
+        }),
         ..hello(primary, u64::from(b % 8))
     }
 }
@@ -69,7 +73,7 @@ proptest! {
                 6 => message(Message::Adopted),
                 7 => {
                     let (vm, sequence, replayed) = (0, 0, Lsn(u64::from(b % 16)));
-                    message(Message::Heartbeat { vm, lsn, sequence, replayed, full: b > 200 })
+                    message(Message::Heartbeat { vm, lsn, sequence, replayed, full: b > 200, asks: b % 2 == 1 })
                 }
                 8 if b < 60 => message(Message::Gone { reason: String::new() }),
                 8 if b < 120 => message(Message::Refuse { reason: String::new() }),

@@ -3,12 +3,15 @@
 use super::*;
 use crate::{
     message::{Hello, Standing},
+    timing::Timing,
     versions::Versions,
 };
 
 mod acknowledgement;
 mod channel;
+mod configuration;
 mod hanging_replay;
+mod heartbeat;
 mod hostile;
 mod repair;
 mod roles;
@@ -20,6 +23,15 @@ const CHANNEL: u64 = 50 * INTERVAL;
 /// So long may a replay stand still.
 const REPLAY: u64 = 500 * INTERVAL;
 
+const TIMING: Timing = Timing {
+    heartbeat_interval_ns: INTERVAL,
+    heartbeat_misses: 10,
+    channel_timeout_ns: CHANNEL,
+    replay_timeout_ns: REPLAY,
+    lag_target_ns: 5 * INTERVAL,
+    lag_limit_ns: 50 * INTERVAL,
+};
+
 fn config(primary: bool) -> Config {
     Config {
         vm: "ledger".into(),
@@ -27,15 +39,10 @@ fn config(primary: bool) -> Config {
         alone: false,
         joins: false,
         takes_joiners: true,
-        heartbeat_interval_ns: INTERVAL,
-        heartbeat_misses: 10,
-        channel_timeout_ns: CHANNEL,
-        replay_timeout_ns: REPLAY,
+        timing: TIMING,
         ack: Strength::Received,
         versions: Versions::SPOKEN,
         keeps_journal: true,
-        lag_target_ns: 5 * INTERVAL,
-        lag_limit_ns: 50 * INTERVAL,
         instance: if primary { 1 } else { 2 },
     }
 }
@@ -65,6 +72,7 @@ fn hello(primary: bool, last: u64) -> Hello {
         ack: Strength::Received,
         last: Lsn(last),
         standing: Standing::Whole,
+        timing: Some(TIMING),
     }
 }
 
@@ -139,6 +147,7 @@ fn with_heartbeats(replica: &mut Replica, from_ns: u64, until_ns: u64, full: boo
             sequence: 0,
             replayed: Lsn(0),
             full,
+            asks: false,
         };
         let generation = Generation(1);
         let mut actions = step(replica, now_ns, Event::Message { generation, message });

@@ -459,6 +459,7 @@ fn a_new_backup_connects_anew_when_heartbeats_tell_of_entries_that_do_not_come()
             sequence: 0,
             replayed: Lsn(lsn),
             full: false,
+            asks: false,
         },
     };
     let mut breaks = |lsn| {
@@ -494,4 +495,16 @@ fn a_survivor_whose_backup_cannot_keep_up_is_slowed_before_it_holds_and_not_befo
     two.now_ns += INTERVAL;
     two.event(JOINER, Event::Tick);
     assert_eq!(two.roles()[SURVIVOR], Role::Recording);
+}
+
+#[test]
+fn a_new_backup_takes_the_times_that_the_survivor_keeps() {
+    let timing = Timing {
+        heartbeat_misses: 30,
+        ..TIMING
+    };
+    let mut two = Two::new();
+    two.event(SURVIVOR, Event::ConfigurationEntry { lsn: Lsn(5), timing });
+    two.connect();
+    assert_eq!(two.sides[JOINER].timing(), &timing);
 }
