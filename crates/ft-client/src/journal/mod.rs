@@ -79,7 +79,7 @@ impl SegmentHeader {
         out[32..36].copy_from_slice(&frame::VERSION.to_le_bytes());
         out[36] = self.vm.len() as u8;
         out[NAME..NAME + self.vm.len()].copy_from_slice(self.vm.as_bytes());
-        let checksum = crc32c::crc32c(&out[16..]);
+        let checksum = crc_fast::crc32_iscsi(&out[16..]);
         out[12..16].copy_from_slice(&checksum.to_le_bytes());
         out
     }
@@ -97,7 +97,7 @@ impl SegmentHeader {
         if word(8) != JOURNAL_VERSION {
             return Err("it was written by a release with another journal format");
         }
-        if word(12) != crc32c::crc32c(&bytes[16..]) {
+        if word(12) != crc_fast::crc32_iscsi(&bytes[16..]) {
             return Err("the checksum of its header does not match");
         }
         if word(32) != frame::VERSION {
