@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use ft_client::ring::{Consumer, RingError};
 use ft_protocol::{
     Timing,
-    entry::{Body, Entry},
+    entry::{self, Body, Entry, KIND_CONFIGURATION, KIND_POWER_OFF, KIND_SYNCED},
     frame::FrameError,
     ids::{Generation, Lsn},
 };
@@ -191,6 +191,28 @@ impl Merger {
         Ok(None)
     }
 
+    /// Appends the frame of the next entry to `out` and gives the ring it was in. Mostly that is the ring of the one before: it is not
+    /// looked for.
+    #[inline]
+    fn take_next(&mut self, out: &mut Vec<u8>) -> Result<Option<usize>, Violation> {
+        let next = self.next.0;
+        let mut take = |rings: &mut [Consumer], seat: usize| {
+            let taken = rings.get_mut(seat).map_or(Ok(None), |ring| ring.take_lsn(next, out));
+            let breach = |error: RingError| Violation {
+                seat,
+                breach: error.into(),
+            };
+            Ok(taken.map_err(breach)?.map(|_| seat))
+        };
+        if let Some(seat) = take(&mut self.rings, self.recent)? {
+            return Ok(Some(seat));
+        }
+        match self.find()? {
+            Some(seat) => take(&mut self.rings, seat),
+            None => Ok(None),
+        }
+    }
+
     /// Appends the frames of the next entries to `out`. Entries of the generation before `current` are taken too if
     /// `previous_too`: they were written while the generation changed.
     ///
@@ -231,29 +253,24 @@ impl Merger {
                 self.next = lsn.next();
                 continue;
             }
-            let Some(seat) = self.find()? else { break };
+            let (lsn, at) = (self.next, out.len());
+            let Some(seat) = self.take_next(out)? else { break };
             let violation = |breach| Violation { seat, breach };
-            let at = out.len();
-            let popped = self.rings[seat].take(out).map_err(|error| violation(error.into()))?;
-            if popped.is_none() {
-                break;
-            }
-            let lsn = self.next;
-            let entry = Entry::decode(&out[at..]).map_err(|source| violation(Breach::Frame { lsn, source }))?;
-            if entry.lsn != lsn {
+            let header = entry::check(&out[at..]).map_err(|source| violation(Breach::Frame { lsn, source }))?;
+            if header.lsn != lsn {
                 return Err(violation(Breach::Order {
-                    found: entry.lsn,
+                    found: header.lsn,
                     expected: lsn,
                 }));
             }
-            let found = entry.generation;
+            let found = header.generation;
             if found != current && !(previous_too && found.0.checked_add(1) == Some(current.0)) {
                 return Err(violation(Breach::Generation { lsn, found, current }));
             }
-            match entry.body {
-                Body::PowerOff { .. } => power_off = Some(lsn),
-                Body::Synced { .. } | Body::Configuration(_) => {
-                    let name = entry.body.name();
+            match header.kind {
+                KIND_POWER_OFF => power_off = Some(lsn),
+                KIND_SYNCED | KIND_CONFIGURATION => {
+                    let name = Entry::decode(&out[at..]).map_or("unknown", |entry| entry.body.name());
                     return Err(violation(Breach::Reserved { lsn, name }));
                 }
                 _ => {}

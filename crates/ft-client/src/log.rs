@@ -7,7 +7,7 @@
 use std::{sync::Arc, time::Duration};
 
 use ft_protocol::{
-    entry::{Body, Entry},
+    entry::Body,
     ids::{DeviceId, Lsn},
     replica::Role,
 };
@@ -24,7 +24,7 @@ pub struct Ended {
     pub role: Role,
 }
 
-/// Backlog at which an entry that could wait is announced all the same.
+/// Bytes that nobody was told of, at which an entry that could wait is announced all the same.
 const QUIET_BYTES_MAX: usize = 256 * 1024;
 const _: () = assert!(QUIET_BYTES_MAX <= ft_protocol::limits::RING_BYTES / 4);
 
@@ -47,6 +47,8 @@ pub struct LogWriter {
     doorbell: EventFd,
     region: Arc<Region>,
     quiet: bool,
+    /// Bytes appended since the consumer was last looked after.
+    quiet_bytes: usize,
 }
 
 impl LogWriter {
@@ -58,6 +60,7 @@ impl LogWriter {
             doorbell,
             region,
             quiet: false,
+            quiet_bytes: 0,
         }
     }
 
@@ -67,6 +70,26 @@ impl LogWriter {
     /// [`Ended`] when the replica halted while the caller waited.
     pub fn append(&mut self, device: DeviceId, queue: u16, body: &Body<'_>, urgency: Urgency) -> Result<Lsn, Ended> {
         let length = body.frame_bytes();
+        if !self.ring.fits(length) {
+            self.wait_for_space(length)?;
+        }
+        // Room first, claim second: a claimed LSN that is not published would stop everybody's entries behind it.
+        let lsn = self.region.claim_lsn();
+        let generation = self.region.generation();
+        self.ring.push(length, |out| {
+            body.encode(lsn, generation, device, queue, out);
+        });
+        self.quiet = true;
+        self.quiet_bytes += length;
+        // To look whether the consumer sleeps costs more than the rest of this: it is done when somebody waits, or once for many entries.
+        if urgency == Urgency::Now || self.quiet_bytes >= QUIET_BYTES_MAX {
+            self.flush();
+        }
+        Ok(lsn)
+    }
+
+    #[cold]
+    fn wait_for_space(&mut self, length: usize) -> Result<(), Ended> {
         while !self.ring.fits(length) {
             let role = self.region.role();
             if role == Role::Halted {
@@ -74,23 +97,7 @@ impl LogWriter {
             }
             self.ring.wait_for_space(length, ALIVE_CHECK);
         }
-        // Room first, claim second: a claimed LSN that is not published would stop everybody's entries behind it.
-        let lsn = self.region.claim_lsn();
-        let entry = Entry {
-            lsn,
-            generation: self.region.generation(),
-            device,
-            queue,
-            body: *body,
-        };
-        self.ring.push(length, |out| {
-            entry.encode(out);
-        });
-        self.quiet = urgency == Urgency::Later && !self.ring.has_backlog(QUIET_BYTES_MAX);
-        if !self.quiet && self.ring.must_ring() {
-            self.ring_doorbell();
-        }
-        Ok(lsn)
+        Ok(())
     }
 
     /// Whether [`LogWriter::append`] would take an entry with this body without waiting.
@@ -100,6 +107,7 @@ impl LogWriter {
 
     /// Announces what was appended quietly, if anything. A log that is awake looks at its rings before it sleeps.
     pub fn flush(&mut self) {
+        self.quiet_bytes = 0;
         if std::mem::take(&mut self.quiet) && self.ring.must_ring() {
             self.ring_doorbell();
         }
@@ -120,7 +128,7 @@ impl LogWriter {
 
 #[cfg(test)]
 mod tests {
-    use ft_protocol::entry::Stop;
+    use ft_protocol::entry::{Entry, Stop};
 
     use super::*;
     use crate::ring::{self, Consumer};

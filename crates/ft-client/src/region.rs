@@ -93,6 +93,7 @@ impl Region {
     }
 
     /// Claims the next LSN. The caller must publish an entry with it at once: whoever merges waits for it.
+    #[inline]
     pub fn claim_lsn(&self) -> Lsn {
         Lsn(self.memory.long(NEXT_LSN).fetch_add(1, Ordering::AcqRel))
     }
@@ -142,6 +143,7 @@ impl Region {
 
     /// The current generation.
     #[must_use]
+    #[inline]
     pub fn generation(&self) -> Generation {
         Generation(self.memory.word(GENERATION).load(Ordering::Acquire))
     }

@@ -10,7 +10,8 @@
 //! ```
 //! A record is one frame, 8-byte aligned and contiguous; a length of [`WRAP`] skips to the start. Each side trusts only its own
 //! counter: the other's is checked, and every frame is copied out before it is looked at. Each remembers what it last saw of the other's
-//! counter, and looks again only when that does not suffice: their lines travel between processors once a batch.
+//! counter, and looks again only when that does not suffice, and tells the other of its own no more often than needed: their lines travel
+//! between processors once a batch.
 
 use std::{
     io,
@@ -34,6 +35,9 @@ const SPACE: usize = 192;
 const PRODUCER_WAITS: usize = 196;
 const DATA: usize = 4096;
 const WRAP: u32 = u32::MAX;
+/// What a consumer may have taken before the producer gets the room back.
+const RELEASE_BYTES: u64 = 64 * 1024;
+const _: () = assert!(RELEASE_BYTES as usize + 3 * FRAME_BYTES_MAX <= RING_BYTES);
 
 /// The other side broke the ring's rules.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -89,6 +93,7 @@ impl Producer {
     }
 
     /// Whether at most `bytes` are used, as far as was seen; if not, after another look.
+    #[inline]
     fn uses_at_most(&mut self, bytes: u64) -> bool {
         if self.written.wrapping_sub(self.read_seen) <= bytes {
             return true;
@@ -97,12 +102,8 @@ impl Producer {
         self.written.wrapping_sub(self.read_seen) <= bytes
     }
 
-    /// Whether `bytes` or more are written and not yet consumed.
-    pub fn has_backlog(&mut self, bytes: usize) -> bool {
-        !self.uses_at_most((bytes as u64).saturating_sub(1))
-    }
-
     /// Bytes a record takes, the skip to the start included.
+    #[inline]
     fn cost(&self, length: usize) -> usize {
         let offset = self.written as usize % RING_BYTES;
         let to_end = RING_BYTES - offset;
@@ -112,6 +113,7 @@ impl Producer {
 
     /// Whether a frame of `length` bytes fits now.
     #[must_use]
+    #[inline]
     pub fn fits(&mut self, length: usize) -> bool {
         // A hostile `read` beyond `written` makes what is used huge: no room, and the ring stops. That harms only its own VM.
         (RING_BYTES as u64)
@@ -134,6 +136,7 @@ impl Producer {
     ///
     /// # Panics
     /// If the frame does not fit: ask [`Producer::fits`] first.
+    #[inline]
     pub fn push(&mut self, length: usize, fill: impl FnOnce(&mut [u8])) {
         self.stage(length, fill);
         self.publish();
@@ -143,6 +146,7 @@ impl Producer {
     ///
     /// # Panics
     /// As [`Producer::push`].
+    #[inline]
     pub fn stage(&mut self, length: usize, fill: impl FnOnce(&mut [u8])) {
         assert!(
             length <= FRAME_BYTES_MAX && self.fits(length),
@@ -159,6 +163,7 @@ impl Producer {
     }
 
     /// Shows the consumer what was staged.
+    #[inline]
     pub fn publish(&mut self) {
         self.memory.long(WRITTEN).store(self.written, Ordering::Release);
     }
@@ -176,6 +181,8 @@ impl Producer {
 pub struct Consumer {
     memory: SharedMemory,
     read: u64,
+    /// What the producer knows of `read`.
+    released: u64,
     /// What was last seen of the producer's counter.
     written_seen: u64,
 }
@@ -196,6 +203,7 @@ impl Consumer {
         Self {
             memory,
             read,
+            released: read,
             written_seen: read,
         }
     }
@@ -215,6 +223,7 @@ impl Consumer {
     }
 
     /// Bytes that wait, as far as was seen; if that are none, after another look.
+    #[inline]
     fn available(&mut self) -> Result<usize, RingError> {
         if self.written_seen == self.read {
             self.written_seen = self.memory.long(WRITTEN).load(Ordering::Acquire);
@@ -230,6 +239,7 @@ impl Consumer {
     ///
     /// # Errors
     /// [`RingError`] when the producer broke the rules.
+    #[inline]
     pub fn is_empty(&mut self) -> Result<bool, RingError> {
         Ok(self.available()? == 0)
     }
@@ -238,15 +248,18 @@ impl Consumer {
     ///
     /// # Errors
     /// [`RingError`] when the producer broke the rules.
+    #[inline]
     pub fn peek_lsn(&mut self) -> Result<Option<u64>, RingError> {
-        let Some((offset, length)) = self.next_record()? else {
-            return Ok(None);
-        };
-        debug_assert!(length >= 16);
-        Ok(Some(self.memory.long(DATA + offset + 8).load(Ordering::Relaxed)))
+        Ok(self.next_record()?.map(|(offset, _)| self.lsn_at(offset)))
+    }
+
+    #[inline]
+    fn lsn_at(&self, offset: usize) -> u64 {
+        self.memory.long(DATA + offset + 8).load(Ordering::Relaxed)
     }
 
     /// Offset and length of the next record, past a wrap marker.
+    #[inline]
     fn next_record(&mut self) -> Result<Option<(usize, usize)>, RingError> {
         let mut available = self.available()?;
         if available == 0 {
@@ -274,13 +287,17 @@ impl Consumer {
         Ok(Some((offset, length)))
     }
 
-    /// Appends the next frame to `out` and gives its length; `None` if the ring is empty. The frame is *not* validated.
+    /// Appends the next frame to `out` and gives its length; `None` if the ring is empty. The frame is *not* validated. The producer gets
+    /// the room back in pieces, and all of it when the ring is found empty: whoever waits for room has filled the ring with more than a piece.
     ///
     /// # Errors
     /// [`RingError`] when the producer broke the rules.
+    #[inline]
     pub fn pop(&mut self, out: &mut Vec<u8>) -> Result<Option<usize>, RingError> {
         let taken = self.take(out);
-        self.release();
+        if !matches!(taken, Ok(Some(_))) || self.read - self.released >= RELEASE_BYTES {
+            self.release();
+        }
         taken
     }
 
@@ -288,23 +305,38 @@ impl Consumer {
     ///
     /// # Errors
     /// [`RingError`] when the producer broke the rules.
+    #[inline]
     pub fn take(&mut self, out: &mut Vec<u8>) -> Result<Option<usize>, RingError> {
-        let Some((offset, length)) = self.next_record()? else {
-            return Ok(None);
-        };
+        let record = self.next_record()?;
+        Ok(record.map(|(offset, length)| self.take_record(offset, length, out)))
+    }
+
+    /// As [`Consumer::take`], if the next frame has this LSN in its (unchecked) header.
+    ///
+    /// # Errors
+    /// [`RingError`] when the producer broke the rules.
+    #[inline]
+    pub fn take_lsn(&mut self, lsn: u64, out: &mut Vec<u8>) -> Result<Option<usize>, RingError> {
+        let record = self.next_record()?.filter(|(offset, _)| self.lsn_at(*offset) == lsn);
+        Ok(record.map(|(offset, length)| self.take_record(offset, length, out)))
+    }
+
+    #[inline]
+    fn take_record(&mut self, offset: usize, length: usize, out: &mut Vec<u8>) -> usize {
         let start = out.len();
         self.memory.append_to(DATA + offset, length, out);
         // The length was read before the copy; a producer that changed it since is caught here.
         out[start..start + 4].copy_from_slice(&(length as u32).to_le_bytes());
         self.read += aligned(length) as u64;
-        Ok(Some(length))
+        length
     }
 
     /// Gives the producer the room of what was taken.
     pub fn release(&mut self) {
-        if self.memory.long(READ).load(Ordering::Relaxed) == self.read {
+        if self.released == self.read {
             return;
         }
+        self.released = self.read;
         self.memory.long(READ).store(self.read, Ordering::Release);
         fence(Ordering::SeqCst);
         if self.memory.word(PRODUCER_WAITS).load(Ordering::Relaxed) != 0 {
@@ -401,9 +433,31 @@ mod tests {
         assert_eq!(consumer.take(&mut out), Ok(Some(24)));
         assert_eq!(consumer.take(&mut out), Ok(None));
         assert_eq!((out.len(), out[23], out[47]), (48, 1, 2));
-        assert!(producer.has_backlog(48) && !producer.has_backlog(49));
+        assert!(producer.uses_at_most(48) && !producer.uses_at_most(47));
         consumer.release();
-        assert!(!producer.has_backlog(1));
+        assert!(producer.uses_at_most(0));
+    }
+
+    #[test]
+    fn room_comes_back_in_pieces_and_all_of_it_when_the_ring_is_empty() {
+        const LENGTH: usize = 4096;
+        let (mut producer, mut consumer) = pair();
+        let mut out = Vec::new();
+        for _ in 0..20 {
+            producer.push(LENGTH, fill(LENGTH, 1));
+        }
+        assert_eq!(consumer.pop(&mut out), Ok(Some(LENGTH)));
+        assert!(!producer.uses_at_most(19 * LENGTH as u64));
+        for _ in 1..16 {
+            assert_eq!(consumer.pop(&mut out), Ok(Some(LENGTH)));
+        }
+        assert!(producer.uses_at_most(4 * LENGTH as u64));
+        for _ in 16..20 {
+            assert_eq!(consumer.pop(&mut out), Ok(Some(LENGTH)));
+        }
+        assert!(!producer.uses_at_most(0));
+        assert_eq!(consumer.pop(&mut out), Ok(None));
+        assert!(producer.uses_at_most(0));
     }
 
     #[test]

@@ -103,6 +103,7 @@ impl SharedMemory {
         self.length == 0
     }
 
+    #[inline]
     fn at(&self, offset: usize, bytes: usize) -> NonNull<u8> {
         let end = offset.checked_add(bytes).expect("offset overflow");
         assert!(
@@ -116,6 +117,7 @@ impl SharedMemory {
 
     /// The 32-bit word at `offset`.
     #[must_use]
+    #[inline]
     pub fn word(&self, offset: usize) -> &AtomicU32 {
         assert!(offset.is_multiple_of(4));
         // SAFETY: in bounds, aligned (the mapping is page aligned), and mapped as long as `self`; shared words are only
@@ -125,6 +127,7 @@ impl SharedMemory {
 
     /// The 64-bit word at `offset`.
     #[must_use]
+    #[inline]
     pub fn long(&self, offset: usize) -> &AtomicU64 {
         assert!(offset.is_multiple_of(8));
         // SAFETY: as for `word`.
@@ -139,6 +142,7 @@ impl SharedMemory {
     }
 
     /// Appends `length` bytes from `offset` to `out`. The bytes are untrusted and may be torn.
+    #[inline]
     pub fn append_to(&self, offset: usize, length: usize, out: &mut Vec<u8>) {
         let from = self.at(offset, length);
         out.reserve(length);
@@ -159,6 +163,7 @@ impl SharedMemory {
     }
 
     /// Lets `fill` write `bytes` bytes in place at `offset`. The caller is the range's only writer until it is published.
+    #[inline]
     pub fn write_in_place<R>(&self, offset: usize, bytes: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R {
         let to = self.at(offset, bytes);
         // SAFETY: in bounds; the ring or gate protocol gives this range to one writer, and peers do not read it before it is

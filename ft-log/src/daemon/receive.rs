@@ -9,7 +9,7 @@ use std::io;
 use ft_client::events::monotonic_ns;
 use ft_protocol::{
     Event, Lsn, Place, Role,
-    entry::{Body, Entry},
+    entry::{self, Body, Entry, KIND_CONFIGURATION, KIND_POWER_OFF},
     frame::{self, KIND_MESSAGE_FIRST},
     message::Message,
 };
@@ -104,11 +104,11 @@ impl Daemon {
                 break Stop::Message(length);
             }
             let bytes = &rest[..length];
-            let entry = match Entry::decode(bytes) {
-                Ok(entry) => entry,
+            let header = match entry::check(bytes) {
+                Ok(header) => header,
                 Err(error) => break Stop::Damaged(format!("{}: {error}", place())),
             };
-            match self.vm.replica.place(entry.generation, entry.lsn, Lsn(next.0 - 1)) {
+            match self.vm.replica.place(header.generation, header.lsn, Lsn(next.0 - 1)) {
                 Place::Next => {}
                 // Only what comes first can be known: the entries behind it follow each other.
                 Place::Known if next == from => {
@@ -120,8 +120,8 @@ impl Daemon {
                     break Stop::Damaged(format!(
                         "{}: entry {} of generation {} came there",
                         place(),
-                        entry.lsn,
-                        entry.generation
+                        header.lsn,
+                        header.generation
                     ));
                 }
             }
@@ -130,9 +130,17 @@ impl Daemon {
                 break Stop::Full;
             }
             self.vm.local.replay.stage(length, |out| out.copy_from_slice(bytes));
-            match entry.body {
-                Body::PowerOff { .. } => power_off = Some(next),
-                Body::Configuration(timing) => configurations.push((next, timing)),
+            match header.kind {
+                KIND_POWER_OFF => power_off = Some(next),
+                KIND_CONFIGURATION => {
+                    if let Ok(Entry {
+                        body: Body::Configuration(timing),
+                        ..
+                    }) = Entry::decode(bytes)
+                    {
+                        configurations.push((next, timing));
+                    }
+                }
                 _ => {}
             }
             used += length;
