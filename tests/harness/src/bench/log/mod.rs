@@ -71,8 +71,14 @@ pub fn rows(
             }
         }
         for (kind, identities) in [("", None), (" with TLS", Some(&identities))] {
-            if is_wanted(format!("throughput{kind}, {}", wire.name)) {
-                add(throughput(bin_dir, directory, wire, rounds, identities).context(action)?);
+            let part = |bytes| format!("throughput{kind}, {bytes} B entries, {}", wire.name);
+            let all = is_wanted(format!("throughput{kind}, {}", wire.name));
+            let sizes: Vec<_> = FRAME_BYTES
+                .into_iter()
+                .filter(|bytes| all || is_wanted(part(*bytes)))
+                .collect();
+            if !sizes.is_empty() {
+                add(throughput(bin_dir, directory, wire, rounds, identities, &sizes).context(action)?);
             }
         }
     }
@@ -137,13 +143,14 @@ fn together<T: Send>(on: &mut [T], job: impl Fn(&mut T) -> io::Result<Vec<f64>> 
     })
 }
 
-/// Speed and price of a stream of entries, in TLS sessions where identities are given.
+/// Speed and price of a stream of entries of each of these sizes, in TLS sessions where identities are given.
 fn throughput(
     bin_dir: &Path,
     directory: &Path,
     wire: &Wire<'_>,
     rounds: u8,
     identities: Option<&Identities>,
+    sizes: &[usize],
 ) -> io::Result<Vec<Row>> {
     let kind = if identities.is_some() { " with TLS" } else { "" };
     let place = directory.join(format!(
@@ -153,7 +160,7 @@ fn throughput(
     ));
     let mut pair = Pair::start(bin_dir, &place, wire, 1, identities)?;
     let mut rows = Vec::new();
-    for bytes in FRAME_BYTES {
+    for bytes in sizes.iter().copied() {
         let count = STREAM_BYTES / bytes;
         let mebibytes = (count * bytes) as f64 / f64::from(1 << 20);
         let (mut ours, mut peers, mut cpu, mut peers_cpu) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
