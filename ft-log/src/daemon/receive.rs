@@ -20,7 +20,7 @@ use crate::{exit::Exit, merge::Batch};
 
 /// A shim that was woken for what was received is woken again with the first entries after this time: a replay that trails by so little costs
 /// nothing, and a wake-up more than an entry.
-const NEWS_PAUSE_NS: u64 = 200_000;
+const NEWS_PAUSE_NS: u64 = 1_000_000;
 /// Or after this time, if no more entries come. A timer that is nearer costs more than the wake-up.
 const NEWS_WAIT_NS: u64 = 5_000_000;
 /// Offset of the kind in a frame's header.
