@@ -177,6 +177,9 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
             None
         }
     };
+    if let (Some(sandbox), Some(mark)) = (&mut options.sandbox, standing.place()) {
+        sandbox.keeps(mark);
+    }
     let protected = conventions.membership().is_some();
     if protected && arguments.num_queues > 1 {
         return Err(End::environment(

@@ -101,6 +101,12 @@ impl Standing {
         })
     }
 
+    /// Where the mark is, if it has a place.
+    #[must_use]
+    pub fn place(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
     /// Refuses an image that may be outdated.
     ///
     /// # Errors

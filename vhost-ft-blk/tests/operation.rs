@@ -133,6 +133,31 @@ fn systemd_hands_over_the_socket_and_is_told_how_it_goes() {
 }
 
 #[test]
+fn the_daemon_is_in_the_sandbox_unless_the_operator_says_no() {
+    let world = World::new();
+    let status_of = |process: &str| std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let field = |status: &str, name: &str| {
+        let value = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        value.trim().to_owned()
+    };
+    // The test itself may be confined already.
+    let outside = ["Seccomp:", "NoNewPrivs:"].map(|name| field(&status_of("self"), name));
+    for (arguments, inside) in [
+        (&[][..], ["2".to_owned(), "1".to_owned()]),
+        (&["--sandbox", "off"], outside),
+    ] {
+        let socket = world.path("socket");
+        let mut command = world.daemon();
+        let daemon = Daemon::listening(command.args(["--socket-path", text(&socket)]).args(arguments));
+        let status = status_of(&daemon.id().to_string());
+        assert_eq!(["Seccomp:", "NoNewPrivs:"].map(|name| field(&status, name)), inside);
+        daemon.terminate();
+        assert_eq!(daemon.wait().0, Some(0));
+        assert!(!socket.exists(), "it removes its socket");
+    }
+}
+
+#[test]
 fn capabilities_are_printed_without_an_image() {
     let output = Command::new(DAEMON).arg("--print-capabilities").output().unwrap();
     assert!(output.status.success());

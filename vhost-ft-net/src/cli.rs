@@ -108,7 +108,13 @@ fn serve(
     signals: Signals,
     make: impl Fn() -> Result<Nic, End> + Send + Sync + 'static,
 ) -> Result<(), End> {
-    let options = arguments.conventions.options();
+    let mut options = arguments.conventions.options();
+    if let Some(sandbox) = &mut options.sandbox {
+        sandbox.networks();
+        if let Some(pcap) = &arguments.pcap {
+            sandbox.keeps(pcap);
+        }
+    }
     let capture = arguments.pcap.clone().map(|path| CaptureTo {
         path,
         bytes_max: arguments.pcap_limit_mib << 20,

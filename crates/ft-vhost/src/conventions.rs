@@ -8,6 +8,7 @@ use serde_json::json;
 use crate::{
     daemon::{Engine, Membership, Options},
     guest_side::QUEUE_SIZE_MAX,
+    sandbox::{Confinement, Sandbox},
     session::Source,
 };
 
@@ -41,6 +42,9 @@ pub struct Conventions {
     /// Append one JSON object per event to this file.
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
+    /// Confine the daemon to the system calls and files it needs (seccomp, Landlock) before a frontend can connect.
+    #[arg(long, value_enum, value_name = "WHETHER", default_value = "on")]
+    sandbox: Confinement,
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {
@@ -82,7 +86,18 @@ impl Conventions {
             (None, Some(fd)) => Source::Descriptor(fd),
             (None, None) => Source::Activation,
         };
+        let mut sandbox = Sandbox::default();
+        if let Source::Path(path) = &source {
+            sandbox.binds(path);
+        }
+        if let Some(control) = &self.control {
+            sandbox.binds(control);
+        }
+        if let Some(events) = &self.events {
+            sandbox.appends(events);
+        }
         Options {
+            sandbox: (self.sandbox == Confinement::On).then_some(sandbox),
             source,
             membership: self.membership(),
             events: self.events.clone(),

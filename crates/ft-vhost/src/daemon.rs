@@ -20,6 +20,7 @@ use crate::{
     device::{Device, Uring, alone::Alone, gated::Gated},
     engine,
     exit::{End, Status},
+    sandbox::Sandbox,
     service::Service,
     session::{self, CommandReceiver, CommandSender, ConfigSpace, Description, Frontends, Listener, Source, operator},
     shared_file,
@@ -139,6 +140,8 @@ pub struct Options {
     pub control: Option<PathBuf>,
     /// Largest queue a driver may configure.
     pub queue_size: u16,
+    /// What the daemon confines itself to.
+    pub sandbox: Option<Sandbox>,
 }
 
 /// Makes the device, or the part of it that one of several threads has: all parts know all queues, and each serves its own.
@@ -170,6 +173,9 @@ pub fn serve(
     })?;
     shared_file::end_clearly_on_sigbus().map_err(End::environment)?;
     let doors = Doors::open(options)?;
+    if let Some(sandbox) = &options.sandbox {
+        sandbox.enter()?;
+    }
     let mut device = make()?;
     let config = ConfigSpace::new(device.config());
     let guest = device.guest();

@@ -13,6 +13,7 @@ pub mod device;
 mod engine;
 pub mod exit;
 pub mod guest_side;
+pub mod sandbox;
 pub mod service;
 pub mod session;
 mod shared_file;

@@ -48,6 +48,10 @@ impl Daemon {
         panic!("the daemon ended without saying '{text}': {:?}", self.child.wait());
     }
 
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn terminate(&self) {
         self.signal(Signal::SIGTERM);
     }
