@@ -1,6 +1,6 @@
 //! Heartbeats: UDP datagrams of one frame, to and from one peer.
 
-use std::{io, net::SocketAddr, os::fd::OwnedFd, rc::Rc};
+use std::{collections::VecDeque, io, net::SocketAddr, os::fd::OwnedFd, rc::Rc};
 
 use ft_protocol::{
     ids::Generation,
@@ -19,6 +19,64 @@ const DATAGRAM_BYTES: usize = 256;
 /// Datagrams that may wait in the kernel for their sending.
 const SENDING_MAX: u32 = 4;
 
+/// Sessions whose heartbeats are heard: connections may come and go before one of them is a channel, and the two sides need not agree on
+/// which was the last.
+const SESSIONS_MAX: usize = 4;
+
+/// Keys of a session, and what was heard under them.
+#[derive(Debug)]
+struct Session {
+    keys: HeartbeatKeys,
+    /// What is not newer was caught and sent again.
+    newest: Option<u64>,
+}
+
+/// Which keys heartbeats have where the channel speaks TLS.
+///
+/// ```text
+///  connected, TLS ──► both sessions' heartbeats are heard, one's own have the former keys
+///  hello of both  ──► one's own have the new keys
+/// ```
+/// A connection that breaks in between must not make the two sides deaf to each other.
+#[derive(Debug, Default)]
+struct Sessions {
+    /// The latest first.
+    heard: VecDeque<Session>,
+    /// One's own have these.
+    own: Option<HeartbeatKeys>,
+    /// The latest session is not settled.
+    is_new: bool,
+}
+
+impl Sessions {
+    fn add(&mut self, keys: HeartbeatKeys) {
+        self.heard.truncate(SESSIONS_MAX - 1);
+        self.heard.push_front(Session { keys, newest: None });
+        self.is_new = true;
+    }
+
+    fn settle(&mut self) {
+        if std::mem::take(&mut self.is_new) {
+            self.own = self.heard.front().map(|session| session.keys.clone());
+        }
+    }
+
+    /// The message in a datagram that the peer made for one of the sessions and that was not heard before.
+    fn open(&mut self, datagram: &[u8]) -> Option<(Generation, Message)> {
+        self.heard.iter_mut().find_map(|session| {
+            let decoded = Message::decode(session.keys.open(datagram)?).ok()?;
+            let Message::Heartbeat { sequence, .. } = decoded.1 else {
+                return None;
+            };
+            if session.newest.is_some_and(|newest| sequence <= newest) {
+                return None;
+            }
+            session.newest = Some(sequence);
+            Some(decoded)
+        })
+    }
+}
+
 /// Both directions.
 #[derive(Debug)]
 pub struct Heartbeats {
@@ -29,15 +87,12 @@ pub struct Heartbeats {
     sending: u32,
     spare: Vec<u8>,
     ignored: u64,
-    /// With TLS nothing is said or heard before there are keys.
-    is_authenticated: bool,
-    keys: Option<HeartbeatKeys>,
-    /// Of the peer's, under these keys: what is not newer was caught and sent again.
-    newest: Option<u64>,
+    /// With TLS nothing is said or heard before there is a session.
+    sessions: Option<Sessions>,
 }
 
 impl Heartbeats {
-    /// Heartbeats of `vm` on a bound socket, with `peer`; authenticated ones wait for [`Heartbeats::set_keys`].
+    /// Heartbeats of `vm` on a bound socket, with `peer`; authenticated ones wait for [`Heartbeats::add_keys`].
     #[must_use]
     pub fn new(socket: OwnedFd, peer: SocketAddr, vm: &str, is_authenticated: bool) -> Self {
         Self {
@@ -48,16 +103,22 @@ impl Heartbeats {
             sending: 0,
             spare: Vec::new(),
             ignored: 0,
-            is_authenticated,
-            keys: None,
-            newest: None,
+            sessions: is_authenticated.then(Sessions::default),
         }
     }
 
-    /// Takes the keys of a new session.
-    pub fn set_keys(&mut self, keys: HeartbeatKeys) {
-        self.keys = Some(keys);
-        self.newest = None;
+    /// A connection with the peer has a session with these keys. The peer's heartbeats may have them from now on.
+    pub fn add_keys(&mut self, keys: HeartbeatKeys) {
+        if let Some(sessions) = &mut self.sessions {
+            sessions.add(keys);
+        }
+    }
+
+    /// That connection is the logging channel: both sides said hello on it, so the peer has the keys too.
+    pub fn settle_keys(&mut self) {
+        if let Some(sessions) = &mut self.sessions {
+            sessions.settle();
+        }
     }
 
     /// Datagrams that were not heartbeats of the peer.
@@ -114,19 +175,12 @@ impl Heartbeats {
         if datagram.source() != Some(self.peer) {
             return None;
         }
-        let mut bytes = datagram.bytes.get(..length)?;
-        if self.is_authenticated {
-            bytes = self.keys.as_ref()?.open(bytes)?;
-        }
-        let (generation, message) = Message::decode(bytes).ok()?;
-        let Message::Heartbeat { vm, sequence, .. } = message else {
-            return None;
+        let bytes = datagram.bytes.get(..length)?;
+        let heartbeat = match &mut self.sessions {
+            Some(sessions) => sessions.open(bytes)?,
+            None => Message::decode(bytes).ok()?,
         };
-        if vm != self.vm || self.is_authenticated && self.newest.is_some_and(|newest| sequence <= newest) {
-            return None;
-        }
-        self.newest = Some(sequence);
-        Some((generation, message))
+        matches!(heartbeat.1, Message::Heartbeat { vm, .. } if vm == self.vm).then_some(heartbeat)
     }
 
     /// Sends a heartbeat, unless earlier ones are stuck.
@@ -135,14 +189,19 @@ impl Heartbeats {
     /// As [`Ring::submit`].
     pub fn send(&mut self, ring: &mut Ring, message: &Message, generation: Generation) -> io::Result<()> {
         self.receive(ring)?;
-        if self.sending >= SENDING_MAX || self.is_authenticated && self.keys.is_none() {
+        let keys = match &self.sessions {
+            Some(Sessions { own: None, .. }) => return Ok(()),
+            Some(Sessions { own, .. }) => own.as_ref(),
+            None => None,
+        };
+        if self.sending >= SENDING_MAX {
             return Ok(());
         }
         self.sending += 1;
         let mut bytes = std::mem::take(&mut self.spare);
         bytes.clear();
         message.encode(generation, &mut bytes);
-        if let Some(keys) = &self.keys {
+        if let Some(keys) = keys {
             keys.seal(&mut bytes);
         }
         let datagram = Datagram::to_send(self.peer, bytes);
@@ -159,5 +218,72 @@ impl Heartbeats {
             debug!("sending a heartbeat to {}: {error}", self.peer);
         }
         self.spare = done.memory.into_datagram().bytes;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ft_protocol::Lsn;
+
+    use super::*;
+
+    fn heartbeat(sequence: u64, by: &Sessions) -> Vec<u8> {
+        let mut datagram = Vec::new();
+        let message = Message::Heartbeat {
+            vm: vm_hash("v"),
+            lsn: Lsn(0),
+            sequence,
+            replayed: Lsn(0),
+            full: false,
+            asks: false,
+        };
+        message.encode(Generation(1), &mut datagram);
+        by.own.as_ref().expect("settled").seal(&mut datagram);
+        datagram
+    }
+
+    /// A connection whose TLS handshake is over on both sides.
+    fn connect(a: &mut Sessions, b: &mut Sessions, number: u8) {
+        let (to_b, to_a) = ([number; 32], [number | 0x80; 32]);
+        a.add(HeartbeatKeys::of(to_b, to_a));
+        b.add(HeartbeatKeys::of(to_a, to_b));
+    }
+
+    #[test]
+    fn connections_that_break_before_both_have_said_hello_make_nobody_deaf() {
+        let (mut a, mut b) = (Sessions::default(), Sessions::default());
+        connect(&mut a, &mut b, 1);
+        assert!(a.own.is_none(), "nobody knows that the other side has it");
+        a.settle();
+        b.settle();
+        assert!(b.open(&heartbeat(1, &a)).is_some() && a.open(&heartbeat(1, &b)).is_some());
+        // The next one breaks when only one side has heard the hello, the one after it before that; only the first side noticed the third.
+        connect(&mut a, &mut b, 2);
+        b.settle();
+        connect(&mut a, &mut b, 3);
+        a.add(HeartbeatKeys::of([4; 32], [0x84; 32]));
+        for sequence in 2..5 {
+            assert!(b.open(&heartbeat(sequence, &a)).is_some(), "{sequence} to b");
+            assert!(a.open(&heartbeat(sequence, &b)).is_some(), "{sequence} to a");
+        }
+        connect(&mut a, &mut b, 5);
+        a.settle();
+        b.settle();
+        assert!(b.open(&heartbeat(5, &a)).is_some() && a.open(&heartbeat(5, &b)).is_some());
+    }
+
+    #[test]
+    fn a_heartbeat_is_heard_once_and_not_at_all_when_its_session_is_long_over() {
+        let (mut a, mut b) = (Sessions::default(), Sessions::default());
+        connect(&mut a, &mut b, 1);
+        a.settle();
+        let (first, second) = (heartbeat(1, &a), heartbeat(2, &a));
+        assert!(b.open(&second).is_some());
+        assert!(b.open(&second).is_none() && b.open(&first).is_none());
+        let late = heartbeat(9, &a);
+        for number in 2..2 + SESSIONS_MAX as u8 {
+            connect(&mut a, &mut b, number);
+        }
+        assert!(b.open(&late).is_none());
     }
 }

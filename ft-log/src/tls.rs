@@ -374,6 +374,11 @@ fn tag(key: &[u8; 32], message: &[u8]) -> [u8; TAG_BYTES] {
 }
 
 impl HeartbeatKeys {
+    #[cfg(test)]
+    pub(crate) fn of(send: [u8; 32], receive: [u8; 32]) -> Self {
+        Self { send, receive }
+    }
+
     /// Appends the tag to a datagram.
     pub fn seal(&self, datagram: &mut Vec<u8>) {
         let tag = tag(&self.send, datagram);

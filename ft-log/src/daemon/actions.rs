@@ -24,6 +24,9 @@ impl Daemon {
             self.vm.replica.step(monotonic_ns(), event, &mut actions);
             if self.vm.replica.is_channel_open() {
                 self.vm.link.is_in_use();
+                if let Some(heartbeats) = &mut self.heartbeats {
+                    heartbeats.settle_keys();
+                }
             }
             for action in actions.drain(..) {
                 self.perform(action, exit)?;

@@ -497,7 +497,7 @@ impl Daemon {
         if let (Some(heartbeats), Some(keys)) = (&mut self.heartbeats, channel.take_heartbeat_keys()) {
             info!("the peer is who it should be (TLS 1.3)");
             link.refused = None;
-            heartbeats.set_keys(keys);
+            heartbeats.add_keys(keys);
         }
         if channel.is_overfull() {
             warn!(
