@@ -11,7 +11,7 @@ use clap::Parser;
 use ft_client::{Counters, events::Events};
 use ft_vhost::{
     conventions::Conventions,
-    daemon::{self, Membership, Signals},
+    daemon::{self, Engine, Membership, Options, Signals},
     exit::End,
     guest_side::net::{MTUS, PAIRS_MAX, Shape},
 };
@@ -42,7 +42,18 @@ pub struct Arguments {
     /// An Ethernet interface instead, where there is no TAP: a packet socket on it. One pair of queues.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["tap", "tap_fd", "queue_pairs"])]
     interface: Option<TapName>,
-    /// Pairs of queues; more than one wants a TAP with multi_queue. A protected VM has one.
+    /// How the backup stays equal: `lockstep` under ft-vcpu-shim; `device` under a stock VMM whose disk is replicated, whose frames leave once
+    /// every write before them is on the other host, and which restarts there.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "ENGINE",
+        default_value = "lockstep",
+        requires = "ft_log",
+        requires_if("device", "mac")
+    )]
+    engine: Engine,
+    /// Pairs of queues; more than one wants a TAP with multi_queue. Under engine lockstep there is one.
     #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "tap_fd", value_parser = clap::value_parser!(u16).range(1..=i64::from(PAIRS_MAX)))]
     queue_pairs: u16,
     /// Threads that serve the queues, at most one for each queue. A protected VM's device has one.
@@ -108,7 +119,7 @@ fn serve(
     signals: Signals,
     make: impl Fn() -> Result<Nic, End> + Send + Sync + 'static,
 ) -> Result<(), End> {
-    let mut options = arguments.conventions.options();
+    let mut options = arguments.options();
     if let Some(sandbox) = &mut options.sandbox {
         sandbox.networks();
         if let Some(pcap) = &arguments.pcap {
@@ -128,7 +139,10 @@ fn serve(
         Some(capture) => capture.attach(make()?),
         None => make(),
     };
-    let result = daemon::serve(&options, SOURCE, threads, make, signals, || Ok(fingerprint(mac)));
+    let engine = arguments.engine;
+    let result = daemon::serve(&options, SOURCE, threads, make, signals, || {
+        Ok(fingerprint(engine, mac))
+    });
     if let Some(capture) = capture {
         capture.finish();
     }
@@ -179,12 +193,26 @@ impl Mac {
 }
 
 /// Digest of what both hosts must agree on.
-fn fingerprint(mac: Mac) -> [u8; 32] {
+fn fingerprint(engine: Engine, mac: Mac) -> [u8; 32] {
     let mut digest = Sha256::new();
     digest.update(b"net");
     digest.update(mac.0);
-    digest.update(Shape::plain(mac.0).features().to_le_bytes());
+    match engine {
+        Engine::Lockstep => digest.update(Shape::plain(mac.0).features().to_le_bytes()),
+        // The VM starts anew on the other host, with what that one's interface has.
+        Engine::Device => digest.update(b"device"),
+    }
     digest.finalize().into()
+}
+
+impl Arguments {
+    fn options(&self) -> Options {
+        let mut options = self.conventions.options();
+        if let Some(membership) = &mut options.membership {
+            membership.engine = self.engine;
+        }
+        options
+    }
 }
 
 /// Runs the daemon.
@@ -199,8 +227,16 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
     }
     let signals = Signals::take().map_err(End::environment)?;
     let Some(Membership { vm, device, .. }) = conventions.membership() else {
-        return run_alone(&arguments, signals);
+        return run_free(&arguments, signals);
     };
+    if arguments.engine == Engine::Device {
+        if arguments.io_threads > 1 {
+            return Err(End::environment(
+                "a protected VM's device has one thread: leave --io-threads out, or --ft-log",
+            ));
+        }
+        return run_free(&arguments, signals);
+    }
     if arguments.queue_pairs > 1 || arguments.io_threads > 1 {
         return Err(End::environment(
             "a protected VM's device has one pair of queues and one thread: leave --queue-pairs and --io-threads out, or --ft-log",
@@ -217,8 +253,8 @@ pub fn run(arguments: Arguments) -> Result<(), End> {
     serve(&arguments, &interface, 1, mac, signals, make)
 }
 
-/// Runs the device of a VM that is not protected: what the host's end has of queues and offloads is the driver's.
-fn run_alone(arguments: &Arguments, signals: Signals) -> Result<(), End> {
+/// Runs the device of a VM that nobody replays: what the host's end has of queues and offloads is the driver's.
+fn run_free(arguments: &Arguments, signals: Signals) -> Result<(), End> {
     let (ends, named) = host_ends(arguments).map_err(End::environment)?;
     let (mac, mtu) = match &ends[0] {
         HostEnd::Tap(tap) if tap.is_macvtap() => {
@@ -302,6 +338,8 @@ mod tests {
         assert_eq!("01:00:5e:00:00:01".parse::<Mac>(), Err(MacError::Multicast));
         assert_eq!(Mac::derived("vm/net0"), Mac::derived("vm/net0"));
         assert_ne!(Mac::derived("vm/net0"), Mac::derived("vm/net1"));
-        assert_ne!(fingerprint(Mac::derived("a")), fingerprint(Mac::derived("b")));
+        let of = |engine, name| fingerprint(engine, Mac::derived(name));
+        assert_ne!(of(Engine::Lockstep, "a"), of(Engine::Lockstep, "b"));
+        assert_ne!(of(Engine::Lockstep, "a"), of(Engine::Device, "a"));
     }
 }

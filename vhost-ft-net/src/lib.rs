@@ -3,6 +3,7 @@
 //! ```text
 //!  [nic]       what frames do: out through the hold, in as inputs, the backup's half, going live
 //!   ├ [hold]      frames that wait for their commit, and how long they did ─► [histogram]
+//!   ├ [marking]   engine `device`: the entry that a batch of frames waits for
 //!   ├ [overheard] what a backup's TAP heard before it went live
 //!   ├ [announce]  whose addresses the network must learn to find here
 //!   ├ [capture]   what was received, held, released and discarded, in a file
@@ -16,6 +17,7 @@ pub mod cli;
 pub mod histogram;
 pub mod hold;
 pub mod host_end;
+pub mod marking;
 pub mod nic;
 pub mod overheard;
 pub mod packet;

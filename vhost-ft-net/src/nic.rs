@@ -3,6 +3,7 @@
 //! ```text
 //!  guest ─► alone: TAP     live: [hold] ─ committed ─► TAP     following: kept, for the primary may not have sent the last ones
 //!  TAP ─► input (a batch per poll) ─► alone: delivered at once    live: logged first    following: overheard
+//!  engine device: [marking] ─► [hold] ─ committed ─► TAP     TAP ─► delivered at once
 //!  go live: announce, send the kept frames (a duplicate is legal on a network), take what was overheard
 //! ```
 
@@ -15,7 +16,7 @@ use ft_client::{
 };
 use ft_protocol::{Committed, Lsn};
 use ft_vhost::{
-    device::{Completion, Device, Input, Life, Uring},
+    device::{Completion, Device, Input, Life, Mirror, Part, Uring},
     exit::End,
     guest_side::{
         BOUNCE, GuestSide,
@@ -30,6 +31,7 @@ use crate::{
     capture::{Capture, Kind},
     hold::Hold,
     host_end::{HostEnd, Named},
+    marking::Marking,
     overheard::Overheard,
     port::Port,
     telling::Teller,
@@ -68,6 +70,10 @@ pub struct Nic {
     /// Batches taken since the guest's queues were looked at.
     batches: u32,
     hold: Hold,
+    /// Engine `device`.
+    marking: Option<Marking>,
+    /// The network is to learn that the guest is here, once it is.
+    announces: bool,
     kept: VecDeque<Kept>,
     overheard: Overheard,
     addresses: Addresses,
@@ -101,6 +107,8 @@ impl Nic {
             life: Life::Alone,
             batches: 0,
             hold: Hold::default(),
+            marking: None,
+            announces: false,
             kept: VecDeque::new(),
             overheard: Overheard::default(),
             addresses: Addresses::default(),
@@ -155,6 +163,11 @@ impl Nic {
                 info!(interface = %self.host_end, pair, "{state}");
             }
         }
+        if self.announces && self.guest.is_configured(RECEIVE) {
+            self.announces = false;
+            self.announce_addresses();
+            self.repeats = Repeats::after(monotonic_ns());
+        }
         Ok(())
     }
 
@@ -173,6 +186,13 @@ impl Nic {
             return;
         }
         self.note(kind, frame);
+    }
+
+    fn count_held(&self, frames: usize) {
+        if frames != 0 {
+            self.guest.counters().count(OfDevice::Held, frames as u64);
+            self.guest.counters().set_held_bytes(self.hold.bytes() as u64);
+        }
     }
 
     fn announce_addresses(&mut self) {
@@ -338,18 +358,22 @@ impl Device for Nic {
                     self.note(Kind::Held, &frame);
                     self.hold.push(marker, frame, now_ns);
                 }
-                _ => {
-                    self.send(Kind::Sent, &frame);
-                    self.guest.recycle(frame);
-                }
+                _ => match &mut self.marking {
+                    Some(marking) => {
+                        if let Some(capture) = &mut self.capture {
+                            capture.note(Kind::Held, frame.ethernet(), self.guest.counters());
+                        }
+                        marking.push(frame);
+                    }
+                    None => {
+                        self.send(Kind::Sent, &frame);
+                        self.guest.recycle(frame);
+                    }
+                },
             }
         }
         self.frames = frames;
-        let held = self.hold.frames() - held_before;
-        if held != 0 {
-            self.guest.counters().count(OfDevice::Held, held as u64);
-            self.guest.counters().set_held_bytes(self.hold.bytes() as u64);
-        }
+        self.count_held(self.hold.frames() - held_before);
         Ok(())
     }
 
@@ -447,8 +471,37 @@ impl Device for Nic {
         Ok(self.hold.first())
     }
 
+    fn take_part(&mut self, part: Part) -> Result<(), End> {
+        // Who took over has no guest yet: it is announced with its first queue.
+        self.announces = part == Part::Last && !self.ports.iter().any(Port::is_attached);
+        Ok(())
+    }
+
+    fn mirror(&mut self, mirror: Mirror) -> Result<(), End> {
+        self.marking = Some(Marking::new(mirror));
+        Ok(())
+    }
+
+    fn committed(&mut self, committed: Committed, _io: &mut Uring) -> Result<Option<Lsn>, End> {
+        // First what is held: when nothing is, all that this device logged is committed, and there is room for more.
+        let first = self.release(committed)?;
+        let held = match &mut self.marking {
+            Some(marking) => marking.mark(&mut self.hold, monotonic_ns()),
+            None => 0,
+        };
+        if held == 0 {
+            return Ok(first);
+        }
+        self.count_held(held);
+        self.release(committed)
+    }
+
+    fn power_off(&mut self) {
+        info!("nobody uses the card: the VM ends with its disk's daemon, which is waited for");
+    }
+
     fn has_room(&self) -> bool {
-        self.hold.bytes() < HELD_BYTES_MAX
+        self.hold.bytes() + self.marking.as_ref().map_or(0, Marking::bytes) < HELD_BYTES_MAX
     }
 
     fn is_idle(&self) -> bool {

@@ -8,7 +8,7 @@
 //! ft-log ◄ {"refused":"..."}
 //! client ► {"failed":"..."} at any later time: this replica is over
 //! ```
-//! Without a shim (engine `device`) the VM's one device takes both seats.
+//! Without a shim (engine `device`) the VM's disk takes both seats; its network cards take their own only.
 //! The socket stays open: its end is the end of the replica, for both sides.
 
 use std::{
@@ -104,11 +104,13 @@ pub enum JoinError {
     /// ft-log said no.
     #[error("ft-log refused: {0}")]
     Refused(String),
-    /// Without a shim nobody puts the entries of several devices in place.
-    #[error("the VM has {devices} devices, and engine 'device' is for one: give ft-log --devices with this one only")]
+    /// Without a shim nobody puts the entries of several disks in place.
+    #[error(
+        "the VM has {disks} disks, and engine 'device' is for one: give ft-log --devices with this one and those that begin with net"
+    )]
     Engine {
-        /// Devices of the VM.
-        devices: usize,
+        /// Devices of the VM that are no network cards.
+        disks: usize,
     },
     /// The conversation broke.
     #[error("the handshake with ft-log failed: {0}")]
@@ -270,16 +272,21 @@ pub struct EngineSession {
     pub shim: ShimSession,
 }
 
-/// Joins as a device whose VM has no shim: takes the device's seat and then the shim's.
+/// Joins as the disk of a VM without a shim: takes the device's seat, and then the shim's, once all others have joined.
 ///
 /// # Errors
-/// [`JoinError`]; a VM of several devices is refused.
+/// [`JoinError`]; a VM of several disks is refused.
 pub fn join_engine(path: &Path, vm: &str, device: &str, fingerprint: &[u8; 32]) -> Result<EngineSession, JoinError> {
     let device = join_device(path, vm, device, fingerprint)?;
     let shim = join_shim(path, vm, &ENGINE_FINGERPRINT)?;
-    match shim.gates.len() {
+    match shim
+        .gates
+        .iter()
+        .filter(|gate| !gate.device().starts_with("net"))
+        .count()
+    {
         1 => Ok(EngineSession { device, shim }),
-        devices => Err(JoinError::Engine { devices }),
+        disks => Err(JoinError::Engine { disks }),
     }
 }
 

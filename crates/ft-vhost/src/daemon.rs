@@ -180,6 +180,11 @@ pub fn serve(
     let config = ConfigSpace::new(device.config());
     let guest = device.guest();
     let alone = options.membership.is_none();
+    // Nobody replays what a frontend does.
+    let is_free = options
+        .membership
+        .as_ref()
+        .is_none_or(|membership| membership.engine == Engine::Device);
     let description = Description {
         features: guest.features(),
         config,
@@ -187,11 +192,8 @@ pub fn serve(
         queue_size_max: options.queue_size,
         tracks_inflight: alone && guest.tracks_inflight(),
         alone,
-        network: alone && device.is_network(),
-        adds_memory: options
-            .membership
-            .as_ref()
-            .is_none_or(|membership| membership.engine == Engine::Device),
+        network: is_free && device.is_network(),
+        adds_memory: is_free,
     };
     let (sender, receivers) = session::channel(if alone { threads } else { 1 }).map_err(End::environment)?;
     if let Some(membership) = &options.membership
@@ -199,7 +201,8 @@ pub fn serve(
     {
         let parts = engine::Parts {
             options: options.clone(),
-            doors,
+            // That they can be opened is known from here on.
+            doors: doors.shut(),
             description,
             sender,
             commands: receivers.into_iter().next().expect("there is one thread"),

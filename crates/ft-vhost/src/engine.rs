@@ -1,22 +1,27 @@
 //! Engine `device`: a device of a stock VMM that is replicated. From joining ft-log to serving, and to the end.
 //!
 //! ```text
-//!  join (the device's seat and the shim's) ─► follow ─┬─ Recording: first entry committed ─► socket opens ─► serve, replicate
-//!                                                     └─ Live: socket opens ─► serve; there is no backup
+//!  disk: join (its seat and the shim's) ─► follow ─┬─ Recording: first entry committed ─► socket opens ─► serve, replicate
+//!  card: join (its seat) ────────────────► attend ─┴─ Live: socket opens ─► serve; there is no backup
 //! ```
 //! Until it is to serve, a daemon has no socket: nobody can start the VM on the wrong host.
 
+use std::{os::unix::net::UnixStream, sync::Arc};
+
 use ft_client::{
     events::{Events, wall_ns},
-    handshake::{self, EngineSession, JoinError},
+    handshake::{self, DeviceSession, EngineSession, JoinError},
 };
+use ft_protocol::{Body, Role};
 use tracing::info;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     daemon::{Doors, Membership, Options, Signals},
     device::{
         Device, Part,
         alone::Alone,
+        attend::attend,
         follow::{Followed, follow},
         mirror::Link,
     },
@@ -29,10 +34,20 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) options: Options,
-    pub(crate) doors: Doors,
+    /// Those that are open all the time: nobody is accepted yet.
+    pub(crate) doors: Option<Doors>,
     pub(crate) description: Description,
     pub(crate) sender: CommandSender,
     pub(crate) commands: CommandReceiver,
+}
+
+/// A side that is to serve.
+struct Joined {
+    seat: DeviceSession,
+    role: Role,
+    service: Service,
+    /// The end of either of a disk's sockets is the end of the replica for ft-log: this one stays until the process ends.
+    _seat_of_the_shim: Option<UnixStream>,
 }
 
 /// Serves until the end.
@@ -44,6 +59,20 @@ pub(crate) fn serve(
     events: Events,
     fingerprint: &[u8; 32],
 ) -> Result<(), End> {
+    let is_card = device.is_network();
+    let joined = match is_card {
+        true => join_card(&mut device, membership, &signals, *fingerprint)?,
+        false => join_disk(&mut device, membership, &signals, *fingerprint)?,
+    };
+    let Some(Joined {
+        seat,
+        role,
+        service,
+        _seat_of_the_shim,
+    }) = joined
+    else {
+        return Ok(());
+    };
     let Parts {
         options,
         doors,
@@ -51,12 +80,36 @@ pub(crate) fn serve(
         sender,
         commands,
     } = parts;
-    // That they can be opened is known from here on.
-    let doors = doors.shut();
-    let (place, fingerprint) = (membership.clone(), *fingerprint);
+    let open = move || {
+        let doors = doors.map_or_else(|| Doors::open(&options), Ok)?;
+        doors.let_in(description, sender)?;
+        info!(socket = %options.source, ?role, "listening");
+        Ok(doors)
+    };
+    let boot = Body::Boot {
+        fingerprint: *fingerprint,
+        wall_ns: wall_ns(),
+        devices: &[],
+    };
+    let (link, mirror) = Link::begin(seat, role, (!is_card).then_some(&boot), Box::new(open));
+    device.mirror(mirror)?;
+    let never = EventFd::new(EFD_NONBLOCK).map_err(End::environment)?;
+    Alone::new(device, commands, Arc::new(signals), never, events, service)?
+        .linked(link)
+        .run()
+}
+
+/// Joins as the VM's disk and follows, until this side is to serve; `None` if the VM is over before.
+fn join_disk(
+    device: &mut impl Device,
+    membership: &Membership,
+    signals: &Signals,
+    fingerprint: [u8; 32],
+) -> Result<Option<Joined>, End> {
+    let place = membership.clone();
     device.take_part(Part::Joins)?;
     let join = move || handshake::join_engine(&place.ft_log, &place.vm, &place.device, &fingerprint);
-    let EngineSession { device: mut seat, shim } = match signals.unless_asked_to_end(join)? {
+    let EngineSession { device: seat, shim } = match signals.unless_asked_to_end(join)? {
         Some(Ok(joined)) => joined,
         Some(Err(error)) => {
             // Nothing else says that no pair was made of it.
@@ -65,34 +118,60 @@ pub(crate) fn serve(
             }
             return Err(End::environment(error));
         }
-        None => return Ok(()),
+        None => return Ok(None),
     };
+    let service = has_joined();
+    let seat_of_the_shim = shim.stream.try_clone().map_err(End::environment)?;
+    let followed = follow(device, shim, signals);
+    to_serve(followed, seat, service, Some(seat_of_the_shim))
+}
+
+/// Joins as a network card, which has no state: it waits until this side is to serve; `None` if the VM is over before.
+fn join_card(
+    device: &mut impl Device,
+    membership: &Membership,
+    signals: &Signals,
+    fingerprint: [u8; 32],
+) -> Result<Option<Joined>, End> {
+    let place = membership.clone();
+    let join = move || handshake::join_device(&place.ft_log, &place.vm, &place.device, &fingerprint);
+    let Some(joined) = signals.unless_asked_to_end(join)? else {
+        return Ok(None);
+    };
+    let seat = joined.map_err(End::environment)?;
+    device.count_in(seat.counters.clone());
+    let service = has_joined();
+    let attended = attend(device, &seat, signals);
+    to_serve(attended, seat, service, None)
+}
+
+fn has_joined() -> Service {
     let service = Service::from_environment();
     service.ready();
     info!("joined; the socket opens when this side is to serve");
-    // The end of either of its sockets is the end of the replica for ft-log: this one stays until the process ends.
-    let _seat_of_the_shim = shim.stream.try_clone().map_err(End::environment)?;
-    let role = match follow(&mut device, shim, &signals) {
-        Ok(Followed::Serve(role)) => role,
-        Ok(Followed::Over) => return Ok(()),
+    service
+}
+
+/// What waiting came to. ft-log is told where this side is the cause of its end.
+fn to_serve(
+    followed: Result<Followed, End>,
+    mut seat: DeviceSession,
+    service: Service,
+    seat_of_the_shim: Option<UnixStream>,
+) -> Result<Option<Joined>, End> {
+    match followed {
+        Ok(Followed::Serve(role)) => Ok(Some(Joined {
+            seat,
+            role,
+            service,
+            _seat_of_the_shim: seat_of_the_shim,
+        })),
+        Ok(Followed::Over) => Ok(None),
         Err(end) => {
             if matches!(end, End::Replica(_) | End::Environment(_)) {
                 handshake::report_failure(&mut seat.stream, &end.to_string());
             }
-            return Err(end);
+            Err(end)
         }
-    };
-    let open = move || {
-        let doors = doors.map_or_else(|| Doors::open(&options), Ok)?;
-        doors.let_in(description, sender)?;
-        info!(socket = %options.source, ?role, "listening");
-        Ok(doors)
-    };
-    let (link, mirror) = Link::begin(seat, role, fingerprint, wall_ns(), Box::new(open));
-    device.mirror(mirror)?;
-    let signals = std::sync::Arc::new(signals);
-    let never = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).map_err(End::environment)?;
-    Alone::new(device, commands, signals, never, events, service)?
-        .linked(link)
-        .run()
+    }
 }

@@ -2,6 +2,8 @@
 
 #![allow(unreachable_pub, dead_code, reason = "a module of several test binaries")]
 
+pub mod host;
+
 use std::{
     os::fd::{AsFd, AsRawFd, OwnedFd},
     process::Command,

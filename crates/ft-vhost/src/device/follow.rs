@@ -177,7 +177,12 @@ impl<D: Device> Follower<'_, D> {
             )));
         }
         match entry.body {
-            Body::Boot { .. } | Body::PowerOff { .. } | Body::Synced { .. } | Body::Configuration(_) => {}
+            // A kick marks frames of a card of this VM: the primary's to send.
+            Body::Boot { .. }
+            | Body::PowerOff { .. }
+            | Body::Synced { .. }
+            | Body::Configuration(_)
+            | Body::Kick(_) => {}
             Body::Flush => {
                 if std::mem::replace(&mut self.unsynced, false) {
                     self.device.apply(&Body::Flush)?;

@@ -54,6 +54,12 @@ impl Mirror {
         }
     }
 
+    /// Appends the marker of what `queue` is about to send, as [`Mirror::append`] does. Once it is committed no other side was live before it, and
+    /// everything that was logged before it is committed.
+    pub fn mark(&mut self, queue: u16) -> Logged {
+        self.append(queue, &Body::Kick(Stop::default()))
+    }
+
     /// Has ft-log take what was appended.
     pub fn announce(&mut self) {
         self.log.flush();
@@ -112,14 +118,9 @@ pub(super) enum Standing {
 }
 
 impl Link {
-    /// Begins to serve, in [`Role::Recording`] or [`Role::Live`]: gives the device its mirror, and the log its first entry.
-    pub(crate) fn begin(
-        session: DeviceSession,
-        role: Role,
-        fingerprint: [u8; 32],
-        wall_ns: u64,
-        open: Open,
-    ) -> (Self, Mirror) {
+    /// Begins to serve, in [`Role::Recording`] or [`Role::Live`]: gives the device its mirror, and the log its first entry, which is the
+    /// disk's to write (`boot`).
+    pub(crate) fn begin(session: DeviceSession, role: Role, boot: Option<&Body<'_>>, open: Open) -> (Self, Mirror) {
         let mut mirror = Mirror {
             log: session.log,
             region: Arc::clone(&session.region),
@@ -127,18 +128,14 @@ impl Link {
         };
         let protected = role != Role::Live;
         // Without an entry the backup would have nothing to take over, and would not.
-        let boot = Body::Boot {
-            fingerprint,
-            wall_ns,
-            devices: &[],
-        };
-        let marker = match mirror.append(0, &boot) {
-            Logged::At(marker) => marker,
-            Logged::Unprotected | Logged::NotNow => Lsn::ZERO,
+        let marker = match boot.map(|boot| mirror.append(0, boot)) {
+            Some(Logged::At(marker)) => marker,
+            Some(Logged::Unprotected | Logged::NotNow) => Lsn::ZERO,
+            None => Lsn::ZERO.next(),
         };
         mirror.announce();
         if !protected {
-            warn!("there is no backup: writes are not replicated");
+            warn!("there is no backup: nothing is replicated, and nothing is held");
         }
         let link = Self {
             stream: session.stream,
@@ -166,7 +163,7 @@ impl Link {
             Role::Halted => return Err(End::Halted),
             Role::Off => return Ok(Standing::Over),
             Role::Live if std::mem::replace(&mut self.protected, false) => {
-                warn!("the backup is gone: from here on writes are not replicated");
+                warn!("the backup is gone: from here on nothing is replicated, and nothing is held");
                 events.emit("unprotected", json!({ "generation": self.generation().0 }));
                 return Ok(Standing::Unprotected);
             }

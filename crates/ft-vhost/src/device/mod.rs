@@ -3,7 +3,7 @@
 //! ```text
 //!  [alone]  kick eventfd ─► kick ─► perform ─► completion ─► input ─► deliver at once ─► call eventfd
 //!  [mirror] the same; what changes the device is an entry of the log, and its completion waits until that is committed
-//!  [follow] entry of the log ─► apply
+//!  [follow] entry of the log ─► apply      [attend] a card of the same VM waits meanwhile
 //!  [gated]  gate: Kick ─► kick ─► perform ─► completion ─► input ─► log, bounce store ─► gate: Deliver ─► deliver
 //! ```
 //! What differs between a disk and a network is behind [`Device`].
@@ -14,6 +14,7 @@ use ft_protocol::{Body, Committed, Lsn};
 use crate::{exit::End, guest_side::GuestSide};
 
 pub mod alone;
+pub(crate) mod attend;
 pub(crate) mod follow;
 pub mod gated;
 pub mod mirror;

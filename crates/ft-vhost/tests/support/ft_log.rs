@@ -111,6 +111,19 @@ impl Joined {
         }
     }
 
+    /// The disk of the same VM has logged everything up to `lsn`.
+    pub fn log_through(&self, lsn: u64) {
+        self.region.restart_log(Lsn(lsn + 1));
+    }
+
+    /// The next entry that the device has logged by now: its LSN, queue and kind.
+    pub fn take_entry(&mut self) -> Option<(u64, u16, &'static str)> {
+        let mut bytes = Vec::new();
+        self.entries.pop(&mut bytes).unwrap()?;
+        let entry = Entry::decode(&bytes).unwrap();
+        Some((entry.lsn.0, entry.queue, entry.body.name()))
+    }
+
     /// Publishes a role and rings the device, as ft-log does.
     pub fn publish(&self, role: Role) {
         self.region.publish(role, Generation(1), Lsn(0));
