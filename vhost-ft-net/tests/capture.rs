@@ -8,25 +8,20 @@ mod support;
 
 mod wire;
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{path::Path, process::Command};
 
 use ft_client::gate::Request;
 use ft_protocol::{Generation, Lsn, Role};
 use ft_vhost::guest_side::dirty::GuestMemoryMmap;
 use nix::sched::{CloneFlags, unshare};
 use pcap_file::pcapng::{Block, PcapNgReader};
-use serde_json::Value;
 use support::{
     daemon::{Daemon, fails, text},
     driver::{Driver, memory, readable, writable},
     frontend::Session,
     ft_log::{FtLog, Joined},
 };
-use tempfile::TempDir;
-use wire::{Wire, frame};
+use wire::{Wire, frame, host::Host};
 
 const TAP: &str = "tap-capture";
 const RECEIVE: usize = 0;
@@ -38,35 +33,13 @@ const RELEASED: u32 = 2;
 const DISCARDED: u32 = 3;
 const SENT: u32 = 4;
 
-struct Host {
-    wire: Wire,
-    directory: TempDir,
-}
-
 impl Host {
     fn new() -> Self {
-        Self {
-            wire: Wire::in_a_new_namespace(TAP),
-            directory: TempDir::new().unwrap(),
-        }
+        Self::on(Wire::in_a_new_namespace(TAP))
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn command(&self, pcap: &Path) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-ft-net"));
-        command.args(["--socket-path", text(&self.path("socket")), "--tap", TAP]);
-        command.args(["--mac", wire::GUEST_MAC, "--events", text(&self.path("events"))]);
-        command.args(["--pcap", text(pcap)]);
-        command
-    }
-
-    fn events(&self, name: &str) -> Vec<Value> {
-        let events = std::fs::read_to_string(self.path("events")).unwrap();
-        let events = events.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        events.filter(|event| event["event"] == name).collect()
+    fn capturing(&self, pcap: &Path) -> Command {
+        self.command(&["--tap", TAP, "--pcap", text(pcap)])
     }
 }
 
@@ -109,7 +82,7 @@ fn the_file_of_a_protected_device_is_what_went_over_the_wire() {
     let host = Host::new();
     let pcap = host.path("pcap");
     let log = FtLog::listen(&host.path("ft-log"));
-    let mut command = host.command(&pcap);
+    let mut command = host.capturing(&pcap);
     command.args(["--ft-log", text(&log.path), "--vm", "ledger", "--device", "net0"]);
     let daemon = Daemon::listening(&mut command);
     let mut joined = log.welcome(1, Role::Recording);
@@ -170,7 +143,7 @@ fn a_full_disk_ends_the_capture_and_nothing_else() {
     mount(&["--make-rprivate", "/"]);
     mount(&["-t", "tmpfs", "-o", "size=512k", "none", text(&disk)]);
     let pcap = disk.join("pcap");
-    let mut daemon = Daemon::listening(&mut host.command(&pcap));
+    let mut daemon = Daemon::listening(&mut host.capturing(&pcap));
     let memory = memory();
     let [receive, mut transmit] = drivers(&memory);
     let session = Session::start(&host.path("socket"), &memory, u64::MAX, &[&receive, &transmit]);
@@ -207,10 +180,10 @@ fn a_full_disk_ends_the_capture_and_nothing_else() {
 #[test]
 fn a_file_that_cannot_be_is_one_clear_line() {
     let host = Host::new();
-    let (code, said) = fails(&mut host.command(Path::new("/nowhere/pcap")));
+    let (code, said) = fails(&mut host.capturing(Path::new("/nowhere/pcap")));
     let last = said.lines().last().unwrap();
     assert_eq!(code, Some(3), "{said}");
     assert!(last.contains("/nowhere/pcap") && last.contains("--pcap"), "{said}");
-    let (code, said) = fails(host.command(&host.path("pcap")).args(["--pcap-limit-mib", "0"]));
+    let (code, said) = fails(host.capturing(&host.path("pcap")).args(["--pcap-limit-mib", "0"]));
     assert_eq!(code, Some(2), "{said}");
 }

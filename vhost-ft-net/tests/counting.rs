@@ -17,47 +17,23 @@ use std::{
 
 use ft_client::{gate::Request, handshake::join_shim};
 use ft_protocol::{Generation, Lsn};
-use serde_json::Value;
 use support::{
     daemon::{Daemon, text},
     driver::{Driver, memory, readable},
     frontend::Session,
 };
-use tempfile::TempDir;
-use wire::{Wire, frame, ip};
+use wire::{Wire, frame, host::Host, ip};
 
 const TAP: &str = "tap-counting";
 const VM: &str = "ledger";
 
-struct Host {
-    wire: Wire,
-    directory: TempDir,
-}
-
 impl Host {
     fn new(options: &[&str]) -> Self {
-        Self {
-            wire: Wire::with_options(TAP, options),
-            directory: TempDir::new().unwrap(),
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
+        Self::on(Wire::with_options(TAP, options))
     }
 
     fn daemon(&self, options: &[&str]) -> Daemon {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-ft-net"));
-        command.args(["--socket-path", text(&self.path("socket")), "--tap", TAP]);
-        command.args(["--mac", wire::GUEST_MAC, "--events", text(&self.path("events"))]);
-        Daemon::listening(command.args(options))
-    }
-
-    /// The last event `counters`.
-    fn counters(&self) -> Value {
-        let events = std::fs::read_to_string(self.path("events")).unwrap();
-        let mut events = events.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        events.rfind(|event| event["event"] == "counters").unwrap()
+        Daemon::listening(self.command(&["--tap", TAP]).args(options))
     }
 }
 

@@ -14,7 +14,6 @@ use std::{
         fd::{AsRawFd, IntoRawFd},
         unix::net::UnixStream,
     },
-    path::PathBuf,
     process::Command,
     time::{Duration, Instant},
 };
@@ -32,14 +31,13 @@ use support::{
     driver::{Driver, memory, readable, writable},
     frontend::{PATIENCE, Session, readable_within},
 };
-use tempfile::TempDir;
 use vhost::{
     VhostBackend as _, VhostUserMemoryRegionInfo,
     vhost_user::{VhostUserFrontend as _, message::VhostUserProtocolFeatures},
 };
 use vhost_ft_net::tap::{Tap, TapName};
 use vm_memory::GuestMemoryBackend as _;
-use wire::{Wire, frame, ip};
+use wire::{Wire, frame, host::Host, ip};
 
 const ALL_FEATURES: u64 = u64::MAX;
 const MQ: u64 = 1 << 22;
@@ -100,29 +98,9 @@ impl Pair {
     }
 }
 
-struct Host {
-    wire: Wire,
-    directory: TempDir,
-}
-
 impl Host {
     fn new(options: &[&str]) -> Self {
-        Self {
-            wire: Wire::with_options(TAP, options),
-            directory: TempDir::new().unwrap(),
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn command(&self, options: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-ft-net"));
-        command.args(["--socket-path", text(&self.path("socket"))]);
-        command.args(["--mac", "52:54:00:01:02:03"]).args(options);
-        command.env("RUST_LOG", "debug");
-        command
+        Self::on(Wire::with_options(TAP, options))
     }
 
     fn daemon(&self, options: &[&str]) -> Daemon {

@@ -10,13 +10,7 @@ mod support;
 
 mod wire;
 
-use std::{
-    fs::File,
-    io::{BufRead, BufReader},
-    path::PathBuf,
-    process::Command,
-    time::Duration,
-};
+use std::{process::Command, time::Duration};
 
 use ft_client::{
     counters::{OfDevice, OfQueue},
@@ -30,8 +24,7 @@ use support::{
     frontend::Session,
     ft_log::{FtLog, Joined},
 };
-use tempfile::TempDir;
-use wire::{Wire, frame};
+use wire::{Wire, frame, host::Host};
 
 const ALL_FEATURES: u64 = u64::MAX;
 const RECEIVE: usize = 0;
@@ -86,33 +79,18 @@ impl Nic {
     }
 }
 
-struct Host {
-    directory: TempDir,
-    wire: Wire,
-}
-
 impl Host {
     fn new() -> Self {
-        Self {
-            wire: Wire::in_a_new_namespace(TAP),
-            directory: TempDir::new().unwrap(),
-        }
+        Self::on(Wire::in_a_new_namespace(TAP))
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-ft-net"));
-        command.args(["--socket-path", text(&self.path("socket")), "--tap", TAP]);
-        command.args(["--mac", "52:54:00:01:02:03", "--events", text(&self.path("events"))]);
-        command
+    fn on_tap(&self) -> Command {
+        self.command(&["--tap", TAP])
     }
 
     fn joined(&self, live: bool) -> (Daemon, Joined, Nic, Session) {
         let log = FtLog::listen(&self.path("ft-log"));
-        let mut command = self.command();
+        let mut command = self.on_tap();
         command.args(["--ft-log", text(&log.path), "--vm", "ledger", "--device", "net0"]);
         let daemon = Daemon::listening(&mut command);
         let mut joined = log.welcome(1, if live { Role::Recording } else { Role::Replaying });
@@ -122,15 +100,6 @@ impl Host {
         let session = Session::start(&socket, &memory, ALL_FEATURES, &[&nic.receive, &nic.transmit]);
         joined.shim.call(&Request::Start { live }).unwrap();
         (daemon, joined, nic, session)
-    }
-
-    fn events(&self, name: &str) -> Vec<serde_json::Value> {
-        let file = File::open(self.path("events")).unwrap();
-        BufReader::new(file)
-            .lines()
-            .map(|line| serde_json::from_str::<serde_json::Value>(&line.unwrap()).unwrap())
-            .filter(|event| event["event"] == name)
-            .collect()
     }
 }
 
@@ -146,7 +115,7 @@ fn kick(joined: &mut Joined, queue: usize, marker: u64) -> Answer {
 #[test]
 fn alone_frames_pass_both_ways() {
     let host = Host::new();
-    let daemon = Daemon::listening(&mut host.command());
+    let daemon = Daemon::listening(&mut host.on_tap());
     let memory = memory();
     let mut nic = Nic::new(&memory);
     nic.header = [0; 12];
@@ -207,7 +176,7 @@ fn alone_frames_pass_both_ways() {
 #[test]
 fn alone_a_guest_without_buffers_gets_its_frames_once_it_has_some() {
     let host = Host::new();
-    let mut daemon = Daemon::listening(&mut host.command());
+    let mut daemon = Daemon::listening(&mut host.on_tap());
     let memory = memory();
     let mut nic = Nic::new(&memory);
     let session = Session::start(
@@ -410,7 +379,7 @@ fn a_backup_sends_nothing_until_it_goes_live_and_then_announces_itself() {
 #[test]
 fn a_tap_that_cannot_be_had_is_one_clear_line() {
     let host = Host::new();
-    let _daemon = Daemon::listening(&mut host.command());
+    let _daemon = Daemon::listening(&mut host.on_tap());
     // Wait until the first one has it.
     let mut other = Command::new(env!("CARGO_BIN_EXE_vhost-ft-net"));
     other.args(["--socket-path", text(&host.path("other")), "--tap", "nothing"]);

@@ -31,7 +31,9 @@ impl Host {
     pub fn command(&self, options: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-ft-net"));
         command.args(["--socket-path", text(&self.path("socket"))]);
-        command.args(["--mac", GUEST_MAC, "--events", text(&self.path("events"))]);
+        command
+            .env("RUST_LOG", "debug")
+            .args(["--mac", GUEST_MAC, "--events", text(&self.path("events"))]);
         command.args(options);
         command
     }
