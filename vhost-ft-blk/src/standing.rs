@@ -32,17 +32,19 @@ pub enum StandingError {
     /// Only its pair knows what it is worth.
     #[error(
         "image {image} is refused: it was one of two images of VM '{vm}', and the other one may be ahead of it. Start the VM where it ran last, or \
-         make this image equal to that one and form the pair again. If this is the one that is to count: vhost-ft-blk accept --blk-file {image}"
+         make this image equal to that one and form the pair again. If this is the one that is to count: {accept}"
     )]
     Outdated {
         /// Image.
         image: PathBuf,
         /// VM it belonged to.
         vm: String,
+        /// The command that takes it as it is.
+        accept: String,
     },
     /// What is there cannot be read.
     #[error(
-        "{path} should say whether image {image} is current, and cannot be used: {why}. If the image is the one that is to count: vhost-ft-blk accept --blk-file {image}"
+        "{path} should say whether image {image} is current, and cannot be used: {why}. If the image is the one that is to count: {accept}"
     )]
     Unreadable {
         /// Mark.
@@ -51,6 +53,8 @@ pub enum StandingError {
         image: PathBuf,
         /// What is wrong.
         why: String,
+        /// The command that takes the image as it is.
+        accept: String,
     },
     /// Nothing can be kept beside it.
     #[error(
@@ -79,6 +83,8 @@ struct Mark {
 pub struct Standing {
     image: PathBuf,
     path: Option<PathBuf>,
+    /// That path, if the operator chose it.
+    named: Option<PathBuf>,
 }
 
 impl Standing {
@@ -97,8 +103,18 @@ impl Standing {
         let is_file = fs::metadata(&real)?.is_file();
         Ok(Self {
             path: path.map(PathBuf::from).or_else(|| is_file.then(beside)),
+            named: path.map(PathBuf::from),
             image: image.into(),
         })
+    }
+
+    /// The command that takes the image for the one that counts.
+    fn accept(&self) -> String {
+        let state = self
+            .named
+            .iter()
+            .map(|path| format!(" --image-state {}", path.display()));
+        format!("vhost-ft-blk accept --blk-file {}", self.image.display()) + &state.collect::<String>()
     }
 
     /// Where the mark is, if it has a place.
@@ -117,6 +133,7 @@ impl Standing {
             Some(Mark { vm, .. }) => Err(StandingError::Outdated {
                 image: self.image.clone(),
                 vm,
+                accept: self.accept(),
             }),
         }
     }
@@ -127,6 +144,7 @@ impl Standing {
             path: path.clone(),
             image: self.image.clone(),
             why,
+            accept: self.accept(),
         };
         match fs::metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -318,6 +336,10 @@ mod tests {
         assert!(matches!(nowhere.mark("web"), Err(StandingError::NoPlace(_))));
         let named = Standing::of(device, Some(&directory.path().join("state"))).unwrap();
         assert!(!named.mark("web").unwrap());
-        assert!(matches!(named.require_current(), Err(StandingError::Outdated { .. })));
+        let refused = named.require_current().unwrap_err();
+        assert!(matches!(refused, StandingError::Outdated { .. }), "{refused}");
+        let state = directory.path().join("state");
+        let advice = format!("accept --blk-file /dev/null --image-state {}", state.display());
+        assert!(refused.to_string().ends_with(&advice), "{refused}");
     }
 }
