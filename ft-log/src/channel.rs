@@ -54,6 +54,8 @@ pub struct Channel {
     socket: Rc<OwnedFd>,
     peer: SocketAddr,
     outgoing: Vec<u8>,
+    /// Entries may leave once everything that was said before is on its way.
+    is_allowed: bool,
     is_open: bool,
     sending: usize,
     sending_entries: bool,
@@ -112,6 +114,7 @@ impl Channel {
             socket,
             peer,
             outgoing: Vec::new(),
+            is_allowed: false,
             is_open: false,
             sending: 0,
             sending_entries: false,
@@ -155,9 +158,9 @@ impl Channel {
         self.outgoing.len() > OUTGOING_BYTES_MAX
     }
 
-    /// Entries of the backlog may leave on this connection.
+    /// Entries of the backlog may leave on this connection, behind this side's hello: a side that was spoken to may not have sent it yet.
     pub fn allow(&mut self) {
-        self.is_open = true;
+        self.is_allowed = true;
     }
 
     /// Whether a send of entries is in flight: their memory comes back with its completion, whatever becomes of the channel.
@@ -174,6 +177,7 @@ impl Channel {
         if self.sending > 0 || self.is_shut {
             return Ok(());
         }
+        self.is_open |= self.is_allowed && self.outgoing.is_empty();
         if self.secure.is_some() {
             return self.flush_secure(ring, backlog);
         }
@@ -368,7 +372,7 @@ impl Channel {
 
     /// Entries stop here: they may have to leave on another connection.
     pub fn hold_entries(&mut self) {
-        self.is_open = false;
+        (self.is_allowed, self.is_open) = (false, false);
     }
 
     /// What was queued still leaves, then the stream ends.

@@ -277,7 +277,8 @@ pub fn admit(vm: &str, line: &[u8], local: &mut Local) -> Result<usize, String> 
     if join.vm != vm {
         return Err(format!("this ft-log protects VM '{vm}', not '{}': check --vm", join.vm));
     }
-    if join.fingerprint.len() > FINGERPRINT_BYTES_MAX {
+    let shape_bytes = join.shape.as_ref().map_or(0, String::len);
+    if join.fingerprint.len().max(shape_bytes) > FINGERPRINT_BYTES_MAX {
         return Err("the fingerprint is too long".into());
     }
     let seat = match &join.client {
@@ -286,7 +287,7 @@ pub fn admit(vm: &str, line: &[u8], local: &mut Local) -> Result<usize, String> 
             .device(name)
             .ok_or_else(|| format!("VM '{vm}' has no device '{name}': check --devices of ft-log"))?,
     };
-    if !local.occupy(seat, join.fingerprint) {
+    if !local.occupy(seat, join.fingerprint, join.shape) {
         return Err(format!("{} has joined already", local.name(seat)));
     }
     Ok(seat)

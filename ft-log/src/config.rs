@@ -119,6 +119,9 @@ pub struct Config {
     /// Run without a backup: live from the start, outputs are not held.
     #[arg(long)]
     pub alone: bool,
+    /// Be the new backup of a VM that is live on the peer: its disks are brought up while it runs (engine 'device').
+    #[arg(long, conflicts_with = "alone")]
+    pub resync: bool,
     /// Name of this host in claims and logs [default: the system's].
     #[arg(long, value_name = "NAME")]
     pub host_name: Option<String>,
@@ -227,6 +230,9 @@ impl Config {
         if self.alone && self.role == Side::Backup {
             return Err("--alone is for --role primary: a backup alone has nothing to replay".into());
         }
+        if self.resync && self.role == Side::Primary {
+            return Err("--resync is for --role backup: the side that is live has the VM's state".into());
+        }
         if self.devices.len() > DEVICES_MAX {
             return Err(format!("--devices: at most {DEVICES_MAX}"));
         }
@@ -301,9 +307,8 @@ impl Config {
             versions: Versions::SPOKEN,
             primary: self.role == Side::Primary,
             alone: self.alone,
-            // The state of the VM cannot be transferred yet.
-            joins: false,
-            takes_joiners: false,
+            joins: self.resync,
+            takes_joiners: !self.alone,
             timing: self.timing(),
             ack: match self.ack {
                 Ack::Received => Strength::Received,

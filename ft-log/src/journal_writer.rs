@@ -115,6 +115,8 @@ pub struct JournalWriter {
     vm: String,
     state: State,
     header: SegmentHeader,
+    /// The first segment that was written.
+    first_index: u32,
     steps: VecDeque<Step>,
     running: Option<Running>,
     file: Option<Rc<OwnedFd>>,
@@ -162,6 +164,7 @@ impl JournalWriter {
             vm: vm.into(),
             state: State::Idle,
             header,
+            first_index: 0,
             steps: VecDeque::new(),
             running: None,
             file: None,
@@ -185,20 +188,22 @@ impl JournalWriter {
         self.durable
     }
 
-    /// Begins the journal of a generation. With `flushes`, outputs wait for [`JournalWriter::durable`]: everything is written and
+    /// Begins the journal of a generation, or goes on in one where it had ended, at entry `first`. With `flushes`, outputs wait for [`JournalWriter::durable`]: everything is written and
     /// flushed as soon as the flush before it is done.
-    pub fn start(&mut self, generation: Generation, flushes: bool) {
+    pub fn start(&mut self, generation: Generation, first: Lsn, flushes: bool) {
         self.flushes = flushes;
-        if self.settings.directory.is_none() || self.state != State::Idle {
+        if self.settings.directory.is_none() || self.state == State::Open || self.has_failed {
             return;
         }
         self.state = State::Open;
         self.begin_segment(SegmentHeader {
             vm: self.vm.clone(),
             generation,
-            index: 0,
-            first: Lsn(1),
+            // The segment with number 0 is the one with entry 1.
+            index: u32::from(first > Lsn(1)),
+            first,
         });
+        self.first_index = self.header.index;
     }
 
     fn begin_segment(&mut self, header: SegmentHeader) {
@@ -272,7 +277,8 @@ impl JournalWriter {
     /// Lets the segment go that is one too many, once the one after it is there.
     fn remove_oldest(&mut self) {
         let (keep, current) = (self.settings.keep_segments, &self.header);
-        let oldest = current.index.checked_sub(keep).filter(|_| keep > 0);
+        let oldest = current.index.checked_sub(keep);
+        let oldest = oldest.filter(|index| keep > 0 && *index >= self.first_index);
         if let (Some(index), Some(directory)) = (oldest, &self.settings.directory) {
             let header = SegmentHeader {
                 index,

@@ -18,6 +18,7 @@ struct Seat {
     name: String,
     ring: OwnedFd,
     fingerprint: Option<String>,
+    shape: Option<String>,
 }
 
 /// What only a device has.
@@ -36,7 +37,7 @@ pub struct Local {
     pub region: Region,
     /// The producers' rings.
     pub merger: Merger,
-    /// Entries for the shim to replay.
+    /// Entries for the shim to replay; on a live side what its new backup says.
     pub replay: ring::Producer,
     doorbell: EventFd,
     seats: Vec<Seat>,
@@ -50,6 +51,7 @@ fn seat(name: &str) -> io::Result<(Seat, ring::Consumer)> {
         name: name.into(),
         ring: memory.fd().try_clone_to_owned()?,
         fingerprint: None,
+        shape: None,
     };
     Ok((seat, ring::Consumer::on(memory)))
 }
@@ -112,12 +114,12 @@ impl Local {
     }
 
     /// Gives a seat to a client; `false` if it is taken.
-    pub fn occupy(&mut self, seat: usize, fingerprint: String) -> bool {
-        let taken = &mut self.seats[seat].fingerprint;
-        if taken.is_some() {
+    pub fn occupy(&mut self, seat: usize, fingerprint: String, shape: Option<String>) -> bool {
+        let seat = &mut self.seats[seat];
+        if seat.fingerprint.is_some() {
             return false;
         }
-        *taken = Some(fingerprint);
+        (seat.fingerprint, seat.shape) = (Some(fingerprint), shape);
         true
     }
 
@@ -151,9 +153,21 @@ impl Local {
     /// pair is refused.
     #[must_use]
     pub fn fingerprint(&self) -> [u8; 32] {
+        self.digest(|seat| seat.fingerprint.as_deref().unwrap_or_default())
+    }
+
+    /// The same without the state of the devices, which a new backup gets from the live side; `None` where that cannot be.
+    #[must_use]
+    pub fn shape(&self) -> Option<[u8; 32]> {
+        let has_shape = |seat: &Seat| seat.shape.is_some();
+        let can_be = self.seats.iter().all(has_shape);
+        can_be.then(|| self.digest(|seat| seat.shape.as_deref().unwrap_or_default()))
+    }
+
+    fn digest(&self, of: impl Fn(&Seat) -> &str) -> [u8; 32] {
         let mut digest = Sha256::new();
         for seat in &self.seats {
-            for part in [seat.name.as_str(), seat.fingerprint.as_deref().unwrap_or_default()] {
+            for part in [seat.name.as_str(), of(seat)] {
                 digest.update((part.len() as u64).to_le_bytes());
                 digest.update(part);
             }

@@ -11,6 +11,7 @@ use ft_protocol::{
     entry::{self, Body, Entry, KIND_CONFIGURATION, KIND_POWER_OFF, KIND_SYNCED},
     frame::FrameError,
     ids::{Generation, Lsn},
+    message::Message,
 };
 use thiserror::Error;
 
@@ -92,6 +93,8 @@ pub struct Batch {
     pub power_off: Option<Lsn>,
     /// The last of the configurations among them.
     pub configuration: Option<(Lsn, Timing)>,
+    /// The word that a new backup may take over, if it is among them, and which backup is meant.
+    pub synced: Option<(Lsn, u64)>,
 }
 
 /// The rings of a VM's local clients.
@@ -237,17 +240,15 @@ impl Merger {
     ) -> Result<Option<Batch>, Violation> {
         let start = out.len();
         let from = self.next;
-        let (mut power_off, mut configuration) = (None, None);
+        let (mut power_off, mut configuration, mut synced) = (None, None, None);
         while out.len() - start < BATCH_BYTES {
             if self.is_own_next()
                 && let Some((lsn, frame)) = self.own.pop_front()
             {
-                if let Ok(Entry {
-                    body: Body::Configuration(timing),
-                    ..
-                }) = Entry::decode(&frame)
-                {
-                    configuration = Some((lsn, timing));
+                match Entry::decode(&frame).map(|entry| entry.body) {
+                    Ok(Body::Configuration(timing)) => configuration = Some((lsn, timing)),
+                    Ok(Body::Synced { instance }) => synced = Some((lsn, instance)),
+                    _ => {}
                 }
                 out.extend_from_slice(&frame);
                 self.next = lsn.next();
@@ -288,7 +289,33 @@ impl Merger {
             through,
             power_off,
             configuration,
+            synced,
         }))
+    }
+
+    /// New backup: the next message that a client has for the survivor, appended to `out`; gives whether there is one.
+    ///
+    /// # Errors
+    /// Who broke the rules, and how.
+    pub fn take_digests(&mut self, out: &mut Vec<u8>) -> Result<bool, Violation> {
+        for (seat, ring) in self.rings.iter_mut().enumerate() {
+            let start = out.len();
+            let popped = ring.pop(out).map_err(|error| Violation {
+                seat,
+                breach: error.into(),
+            })?;
+            if popped.is_none() {
+                continue;
+            }
+            return match Message::decode(&out[start..]) {
+                Ok((_, Message::Digests { .. })) => Ok(true),
+                _ => Err(Violation {
+                    seat,
+                    breach: Breach::Uninvited,
+                }),
+            };
+        }
+        Ok(false)
     }
 
     /// Looks whether somebody waits behind an entry that never comes.
@@ -454,6 +481,21 @@ mod tests {
                 ..
             }
         ));
+    }
+
+    #[test]
+    fn a_new_backups_client_says_digests_and_nothing_else() {
+        let (mut producers, mut merger) = rings(2);
+        let mut out = Vec::new();
+        assert_eq!(merger.take_digests(&mut out), Ok(false));
+        let mut frame = Vec::new();
+        let digests = vec![[3; 16]; 2];
+        Message::Digests { sector: 8, digests }.encode(Generation(2), &mut frame);
+        producers[1].push(frame.len(), |out| out.copy_from_slice(&frame));
+        assert_eq!(merger.take_digests(&mut out), Ok(true));
+        assert_eq!(out, frame);
+        push(&mut producers[1], 1, 2, SYNC);
+        assert_eq!(merger.take_digests(&mut out).unwrap_err().breach, Breach::Uninvited);
     }
 
     #[test]

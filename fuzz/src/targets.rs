@@ -262,7 +262,14 @@ pub fn peer(data: &[u8]) {
             replica.step(now_ns, Event::Appended { through: lsn }, &mut actions);
         }
     };
-    step(&mut replica, now_ns, Event::LocalReady { fingerprint });
+    step(
+        &mut replica,
+        now_ns,
+        Event::LocalReady {
+            fingerprint,
+            shape: Some(fingerprint),
+        },
+    );
     let mut is_up = false;
     while !script.is_empty() {
         match script.byte() % 12 {

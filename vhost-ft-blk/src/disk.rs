@@ -9,6 +9,7 @@
 
 mod device;
 mod mirrored;
+mod resync;
 
 use std::{collections::VecDeque, io};
 
@@ -33,6 +34,7 @@ use crate::{
     image::Image,
     overlap::{Access, Schedule},
     replication::{Replication, Stage},
+    resync::{self as blocks, Resync},
     space::Starving,
     standing::Half,
     transfer::{Buffers, Data, Prepared},
@@ -125,6 +127,10 @@ pub struct Disk {
     starving: Starving,
     /// Engine `device`, primary.
     replication: Option<Replication>,
+    /// Engine `device`, live side.
+    resync: Resync,
+    /// Blocks that differ and found no room in the log.
+    waiting_blocks: Vec<(u64, Vec<u8>)>,
     /// Engine `device`: the image as one of two.
     half: Option<Half>,
     /// Following: requests whose result comes from the log.
@@ -147,6 +153,8 @@ impl Disk {
             cache: CacheMode::new(policy.write_through),
             starving: Starving::new(policy.on_enospc),
             replication: None,
+            resync: Resync::default(),
+            waiting_blocks: Vec::new(),
             half: None,
             policy,
             schedule: Schedule::default(),
@@ -215,6 +223,10 @@ impl Disk {
     }
 
     fn start_job(&mut self, id: u64, io: &mut Uring) {
+        if blocks::is_block(id) {
+            self.read_block(id, io);
+            return;
+        }
         let Self { jobs, image, .. } = self;
         let Job {
             request,

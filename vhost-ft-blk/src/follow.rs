@@ -2,14 +2,23 @@
 
 use std::{io, os::unix::fs::FileExt};
 
-use ft_protocol::Body;
+use ft_protocol::{
+    Body,
+    limits::{BLOCK_BYTES, DIGESTS_MAX},
+    message::Digest,
+};
 use ft_vhost::guest_side::blk::SECTOR_BYTES;
 use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, fallocate},
 };
 
-use crate::image::Image;
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    image::Image,
+    resync::{BLOCK_SECTORS, digest},
+};
 
 /// Zeroes written at once where the image cannot make them itself.
 const ZEROES_BYTES: u64 = 1 << 20;
@@ -42,6 +51,39 @@ impl Image {
         result.map_err(|error| {
             format!("this image cannot {what} as the primary's did, and is no equal of it any more: {error}")
         })
+    }
+
+    /// What both hosts' images have in common from the start, whatever they hold.
+    pub(crate) fn shape(&self) -> [u8; 32] {
+        let mut digest = Sha256::new();
+        digest.update(b"blk shape");
+        digest.update(self.sectors().to_le_bytes());
+        digest.update([u8::from(self.is_read_only())]);
+        digest.finalize().into()
+    }
+
+    /// What this image holds in a range, block by block.
+    ///
+    /// # Errors
+    /// A range that is none of the disk or too long, and an image that cannot be read.
+    pub(crate) fn digests(&self, sector: u64, sectors: u32) -> Result<Vec<Digest>, String> {
+        let end = sector.saturating_add(sectors.into());
+        let blocks = u64::from(sectors).div_ceil(BLOCK_SECTORS);
+        if sectors == 0 || end > self.sectors() || blocks > DIGESTS_MAX as u64 {
+            return Err(format!(
+                "an entry asks about {sectors} sectors at sector {sector}: it does not fit this disk"
+            ));
+        }
+        let mut buffer = vec![0; BLOCK_BYTES];
+        let starts = (sector..end).step_by(BLOCK_SECTORS as usize);
+        starts
+            .map(|start| {
+                let bytes = &mut buffer[..((end - start).min(BLOCK_SECTORS) * SECTOR_BYTES) as usize];
+                self.file().read_exact_at(bytes, start * SECTOR_BYTES)?;
+                Ok(digest(bytes))
+            })
+            .collect::<io::Result<_>>()
+            .map_err(|error| format!("this image cannot be read at sector {sector}: {error}"))
     }
 
     /// Where a range begins, if it is one of the disk.

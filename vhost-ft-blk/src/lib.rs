@@ -4,6 +4,7 @@
 //!  [disk]     what requests do: bounce buffers, completions, the backup's half
 //!   ├ [cache], [space]  cache mode; writes that find no space
 //!   ├ [replication]  which completions wait for the other host (engine `device`)
+//!   ├ [resync]   which blocks a new backup needs (engine `device`)
 //!   ├ [overlap]  which request may start: overlapping ones keep their order
 //!   ├ [transfer] where the data is meanwhile
 //!   ├ [image]    the file: lock, size, fingerprint
@@ -19,6 +20,7 @@ mod follow;
 pub mod image;
 pub mod overlap;
 mod replication;
+mod resync;
 mod space;
 pub mod standing;
 mod transfer;

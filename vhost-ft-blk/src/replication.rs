@@ -119,6 +119,16 @@ impl Replication {
         self.parked.len()
     }
 
+    /// Logs something about the disk that is no request.
+    pub(crate) fn append(&mut self, body: &Body<'_>) -> Logged {
+        self.mirror.append(0, body)
+    }
+
+    /// Live side: the last entry that the new backup has applied.
+    pub(crate) fn peer_applied(&self) -> Lsn {
+        self.mirror.peer_applied()
+    }
+
     pub(crate) fn announce(&mut self) {
         self.mirror.announce();
     }

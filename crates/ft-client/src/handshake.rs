@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! client ► {"version":1,"vm":"ledger","client":{"device":"blk0"},"fingerprint":"..."}
+//!            engine `device`, besides: "shape":"...", what a new backup must have in common
 //! ft-log ◄ {"welcome":{"device":0,"devices":["blk0","net0"]}}   + region, ring, doorbell, then
 //!            for a device: gate, gate doorbell, commit event, counters
 //!            for the shim: replay ring, then gate and gate doorbell of each device
@@ -65,6 +66,9 @@ pub struct Join {
     pub client: Client,
     /// Hex digest of what it would run; must be equal on both hosts.
     pub fingerprint: String,
+    /// The same without its state, where that can be brought up from the other host's (engine `device`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shape: Option<String>,
 }
 
 /// ft-log's answer.
@@ -214,11 +218,22 @@ fn join(path: &Path, join: &Join) -> Result<Joined, JoinError> {
 /// # Errors
 /// [`JoinError`].
 pub fn join_device(path: &Path, vm: &str, device: &str, fingerprint: &[u8; 32]) -> Result<DeviceSession, JoinError> {
+    join_device_as(path, vm, device, fingerprint, None)
+}
+
+fn join_device_as(
+    path: &Path,
+    vm: &str,
+    device: &str,
+    fingerprint: &[u8; 32],
+    shape: Option<[u8; 32]>,
+) -> Result<DeviceSession, JoinError> {
     let request = Join {
         version: VERSION,
         vm: vm.into(),
         client: Client::Device(device.into()),
         fingerprint: hex(fingerprint),
+        shape: shape.map(|shape| hex(&shape)),
     };
     let mut joined = join(path, &request)?;
     let (gate, doorbell) = (take(&mut joined.rest)?, event(take(&mut joined.rest)?));
@@ -238,11 +253,21 @@ pub fn join_device(path: &Path, vm: &str, device: &str, fingerprint: &[u8; 32]) 
 /// # Errors
 /// [`JoinError`].
 pub fn join_shim(path: &Path, vm: &str, fingerprint: &[u8; 32]) -> Result<ShimSession, JoinError> {
+    join_shim_as(path, vm, fingerprint, None)
+}
+
+fn join_shim_as(
+    path: &Path,
+    vm: &str,
+    fingerprint: &[u8; 32],
+    shape: Option<[u8; 32]>,
+) -> Result<ShimSession, JoinError> {
     let request = Join {
         version: VERSION,
         vm: vm.into(),
         client: Client::Shim,
         fingerprint: hex(fingerprint),
+        shape: shape.map(|shape| hex(&shape)),
     };
     let mut joined = join(path, &request)?;
     let replay = Consumer::new(take(&mut joined.rest)?)?;
@@ -272,13 +297,20 @@ pub struct EngineSession {
     pub shim: ShimSession,
 }
 
-/// Joins as the disk of a VM without a shim: takes the device's seat, and then the shim's, once all others have joined.
+/// Joins as the disk of a VM without a shim: takes the device's seat, and then the shim's, once all others have joined. `shape` is its
+/// fingerprint without what is stored in it, if that can be brought up from the other host's.
 ///
 /// # Errors
 /// [`JoinError`]; a VM of several disks is refused.
-pub fn join_engine(path: &Path, vm: &str, device: &str, fingerprint: &[u8; 32]) -> Result<EngineSession, JoinError> {
-    let device = join_device(path, vm, device, fingerprint)?;
-    let shim = join_shim(path, vm, &ENGINE_FINGERPRINT)?;
+pub fn join_engine(
+    path: &Path,
+    vm: &str,
+    device: &str,
+    fingerprint: &[u8; 32],
+    shape: Option<[u8; 32]>,
+) -> Result<EngineSession, JoinError> {
+    let device = join_device_as(path, vm, device, fingerprint, shape)?;
+    let shim = join_shim_as(path, vm, &ENGINE_FINGERPRINT, shape.map(|_| ENGINE_FINGERPRINT))?;
     match shim
         .gates
         .iter()

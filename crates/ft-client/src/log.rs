@@ -9,6 +9,7 @@ use std::{sync::Arc, time::Duration};
 use ft_protocol::{
     entry::Body,
     ids::{DeviceId, Lsn},
+    message::Message,
     replica::Role,
 };
 use thiserror::Error;
@@ -103,6 +104,18 @@ impl LogWriter {
     /// Whether [`LogWriter::append`] would take an entry with this body without waiting.
     pub fn has_room(&mut self, body: &Body<'_>) -> bool {
         self.ring.fits(body.frame_bytes())
+    }
+
+    /// New backup: hands `ft-log` a message for the survivor; `false` where there is no room. It is no entry, and has no LSN.
+    pub fn tell(&mut self, message: &Message) -> bool {
+        let mut frame = Vec::new();
+        message.encode(self.region.generation(), &mut frame);
+        if !self.ring.fits(frame.len()) {
+            return false;
+        }
+        self.ring.push(frame.len(), |out| out.copy_from_slice(&frame));
+        self.ring_doorbell();
+        true
     }
 
     /// Announces what was appended quietly, if anything. A log that is awake looks at its rings before it sleeps.

@@ -5,8 +5,10 @@
 //!   64 u64 commit watermark (ft-log)       72 u32 role    76 u32 generation    80 u64 last entry to replay
 //!  128 u32 shim's wake word (futex)       132 u32 shim sleeps
 //!   88 u32 throttle: thousandths of its time that the vCPU must pause (ft-log)
+//!   96 u64 last entry before those of a synchronisation      104 u64 last of them that the new backup has applied (ft-log)
+//!  112 u32 number of the synchronisation, 0 = none          116 u32 how often outputs were held anew   120 u32 synchronisations
 //!  192 u64 last entry the shim has applied (shim)    200 u64 applied entry that ft-log wants to hear of, 0 = none
-//!  256 + 64 * device: u64 LSN at which the device wants its commit event, 0 = none
+//!  256 + 64 * device: u64 LSN at which the device wants its commit event, 0 = none; u32 the last of 116 that it obeys
 //! ```
 //! `ft-log` alone writes role, generation and watermark.
 
@@ -35,9 +37,15 @@ const REPLAY_END: usize = 80;
 const SHIM_WAKE: usize = 128;
 const SHIM_SLEEPS: usize = 132;
 const THROTTLE: usize = 88;
+const START: usize = 96;
+const PEER_APPLIED: usize = 104;
+const SYNCHRONISATION: usize = 112;
+const HOLDS: usize = 116;
+const ATTEMPTS: usize = 120;
 const CONSUMED: usize = 192;
 const CONSUMED_WANTED: usize = 200;
 const COMMIT_WANTED: usize = 256;
+const HOLDS_OBEYED: usize = 8;
 const BYTES: usize = 4096;
 
 const _: () = assert!(COMMIT_WANTED + 64 * DEVICES_MAX <= BYTES);
@@ -133,6 +141,78 @@ impl Region {
             .store(lsn.0, Ordering::SeqCst);
         fence(Ordering::SeqCst);
     }
+
+    // ---- a new backup ------------------------------------------------------------------------------------------------
+
+    /// A synchronisation begins behind entry `start` (ft-log): on a live side devices append what they change from here on; on a new
+    /// backup the replay begins there.
+    pub fn begin_synchronisation(&self, start: Lsn) {
+        self.memory.long(START).store(start.0, Ordering::Release);
+        self.memory.long(PEER_APPLIED).store(start.0, Ordering::Release);
+        let number = self.attempts().wrapping_add(1).max(1);
+        self.memory.word(ATTEMPTS).store(number, Ordering::Relaxed);
+        self.memory.word(SYNCHRONISATION).store(number, Ordering::Release);
+    }
+
+    fn attempts(&self) -> u32 {
+        self.memory.word(ATTEMPTS).load(Ordering::Relaxed)
+    }
+
+    /// It is given up (ft-log), or there is no pair any more.
+    pub fn end_synchronisation(&self) {
+        self.memory.word(SYNCHRONISATION).store(0, Ordering::Release);
+    }
+
+    /// The number of the synchronisation that goes on, if one does: another one is another number.
+    #[must_use]
+    pub fn synchronisation(&self) -> Option<u32> {
+        Some(self.memory.word(SYNCHRONISATION).load(Ordering::Acquire)).filter(|number| *number != 0)
+    }
+
+    /// New backup: the last entry before those to be replayed. 0 in a pair that began with the VM.
+    #[must_use]
+    pub fn start(&self) -> Lsn {
+        Lsn(self.memory.long(START).load(Ordering::Acquire))
+    }
+
+    /// The new backup has applied every entry up to `lsn` (ft-log).
+    pub fn set_peer_applied(&self, lsn: Lsn) {
+        self.memory.long(PEER_APPLIED).store(lsn.0, Ordering::Release);
+    }
+
+    /// Last entry that the new backup is known to have applied.
+    #[must_use]
+    pub fn peer_applied(&self) -> Lsn {
+        Lsn(self.memory.long(PEER_APPLIED).load(Ordering::Acquire))
+    }
+
+    /// The watermark falls to `after` (ft-log): what is behind it is held again. A device obeys when it has seen that.
+    pub fn hold(&self, after: Lsn) {
+        self.memory.long(COMMIT).store(after.0, Ordering::SeqCst);
+        self.memory.word(HOLDS).fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How often the watermark fell. A device that reads the watermark after this knows of all of them.
+    #[must_use]
+    pub fn holds(&self) -> u32 {
+        self.memory.word(HOLDS).load(Ordering::SeqCst)
+    }
+
+    /// This device lets nothing go by a watermark that it read before the fall with this number; ring ft-log's doorbell.
+    pub fn obey(&self, device: DeviceId, holds: u32) {
+        self.memory
+            .word(COMMIT_WANTED + 64 * usize::from(device.0) + HOLDS_OBEYED)
+            .store(holds, Ordering::SeqCst);
+    }
+
+    /// Whether the first `devices` devices obey (ft-log).
+    #[must_use]
+    pub fn is_obeyed(&self, devices: usize) -> bool {
+        let obeyed = |device: usize| self.memory.word(COMMIT_WANTED + 64 * device + HOLDS_OBEYED);
+        (0..devices).all(|device| obeyed(device).load(Ordering::SeqCst) == self.holds())
+    }
+
+    // ---- roles -------------------------------------------------------------------------------------------------------
 
     /// The replica's role; a code this release does not know counts as halted.
     #[must_use]
@@ -256,6 +336,34 @@ mod tests {
             );
         }
         assert_eq!((region.claim_lsn(), region.claim_lsn()), (Lsn(1), Lsn(2)));
+    }
+
+    #[test]
+    fn a_watermark_that_falls_is_obeyed_by_every_device_or_not_at_all() {
+        let region = Region::create().unwrap();
+        let _ = region.commit(Committed::through(Lsn::MAX));
+        assert!(region.is_obeyed(2));
+        region.hold(Lsn(7));
+        assert_eq!(region.committed().lsn(), Lsn(7));
+        region.obey(DeviceId(1), region.holds());
+        assert!(!region.is_obeyed(2));
+        region.obey(DeviceId(0), region.holds());
+        assert!(region.is_obeyed(2));
+        region.hold(Lsn(9));
+        assert!(!region.is_obeyed(1));
+    }
+
+    #[test]
+    fn each_synchronisation_has_a_number_of_its_own() {
+        let region = Region::create().unwrap();
+        assert_eq!(region.synchronisation(), None);
+        region.begin_synchronisation(Lsn(5));
+        let first = region.synchronisation();
+        assert_eq!((region.start(), region.peer_applied()), (Lsn(5), Lsn(5)));
+        region.end_synchronisation();
+        assert_eq!(region.synchronisation(), None);
+        region.begin_synchronisation(Lsn(8));
+        assert!(first.is_some() && region.synchronisation().is_some() && region.synchronisation() != first);
     }
 
     #[test]

@@ -109,6 +109,16 @@ pub enum Body<'a> {
     },
     /// `device` engine: what the disk was told before must last.
     Flush,
+    /// `device` engine, no change: a backup that is being synchronised says what this range of its disk holds, block by block of
+    /// [`BLOCK_BYTES`](crate::limits::BLOCK_BYTES) ([`Message::Digests`](crate::message::Message::Digests)).
+    Compare {
+        /// First sector, of 512 bytes.
+        sector: u64,
+        /// Sectors; no more than [`DIGESTS_MAX`](crate::limits::DIGESTS_MAX) blocks.
+        sectors: u32,
+    },
+    /// `device` engine, no change: the disk of a backup that has applied everything up to here is equal to the survivor's at this place.
+    Transferred,
     /// The backup of this instance has the state and every entry before this one: from here on it may take over. Written by the survivor
     /// that synchronised it; no part of the guest's execution.
     Synced {
@@ -144,9 +154,12 @@ const KIND_FLUSH: u8 = 13;
 pub const KIND_SYNCED: u8 = 14;
 /// Kind byte of [`Body::Configuration`].
 pub const KIND_CONFIGURATION: u8 = 15;
+const KIND_COMPARE: u8 = 16;
+/// Kind byte of [`Body::Transferred`].
+pub const KIND_TRANSFERRED: u8 = 17;
 
 /// What [`Body::name`] says of the kinds, in their order.
-pub const NAMES: [&str; 15] = [
+pub const NAMES: [&str; 17] = [
     "boot",
     "kick",
     "input",
@@ -162,6 +175,8 @@ pub const NAMES: [&str; 15] = [
     "flush",
     "synced",
     "configuration",
+    "compare",
+    "transferred",
 ];
 
 /// A decoded entry.
@@ -197,6 +212,8 @@ impl Body<'_> {
             Self::Flush => KIND_FLUSH,
             Self::Synced { .. } => KIND_SYNCED,
             Self::Configuration(_) => KIND_CONFIGURATION,
+            Self::Compare { .. } => KIND_COMPARE,
+            Self::Transferred => KIND_TRANSFERRED,
         }
     }
 
@@ -221,6 +238,8 @@ impl Body<'_> {
             Self::Flush => 0,
             Self::Synced { .. } => 8,
             Self::Configuration(_) => Timing::BYTES,
+            Self::Compare { .. } => 12,
+            Self::Transferred => 0,
         }
     }
 
@@ -241,6 +260,8 @@ impl Body<'_> {
             | Self::Zeroes { .. }
             | Self::Flush
             | Self::Synced { .. }
+            | Self::Compare { .. }
+            | Self::Transferred
             | Self::Configuration(_) => None,
             Self::Kick(stop)
             | Self::Sync(stop)
@@ -332,6 +353,11 @@ impl Body<'_> {
                 Body::Flush => {}
                 Body::Synced { instance } => out.u64(*instance),
                 Body::Configuration(timing) => timing.put(&mut out),
+                Body::Compare { sector, sectors } => {
+                    out.u64(*sector);
+                    out.u32(*sectors);
+                }
+                Body::Transferred => {}
                 Body::Deliver { stop, through } => {
                     put_stop(&mut out, stop);
                     out.u64(*through);
@@ -406,6 +432,11 @@ impl<'a> Entry<'a> {
             KIND_FLUSH => Some(Body::Flush),
             KIND_SYNCED => reader.u64().map(|instance| Body::Synced { instance }),
             KIND_CONFIGURATION => Timing::take(&mut reader).map(Body::Configuration),
+            KIND_COMPARE => reader
+                .u64()
+                .zip(reader.u32())
+                .map(|(sector, sectors)| Body::Compare { sector, sectors }),
+            KIND_TRANSFERRED => Some(Body::Transferred),
             KIND_DELIVER => take_stop(&mut reader)
                 .zip(reader.u64())
                 .map(|(stop, through)| Body::Deliver { stop, through }),
@@ -454,7 +485,8 @@ pub fn check(bytes: &[u8]) -> Result<Header, FrameError> {
         KIND_PAGES => true,
         KIND_STATE => body.len() >= STOP_BYTES,
         KIND_ZEROES => body.len() == 13 && is_flag(12),
-        KIND_FLUSH => body.is_empty(),
+        KIND_FLUSH | KIND_TRANSFERRED => body.is_empty(),
+        KIND_COMPARE => body.len() == 12,
         KIND_SYNCED => body.len() == 8,
         // There are few, and its numbers are checked too.
         KIND_CONFIGURATION => {
@@ -583,6 +615,8 @@ mod tests {
             check(Body::Flush);
             check(Body::Synced { instance: number });
             check(Body::Configuration(EXAMPLE));
+            check(Body::Compare { sector: number, sectors: stop.position.offset });
+            check(Body::Transferred);
         }
 
         #[test]

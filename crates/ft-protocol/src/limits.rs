@@ -8,6 +8,12 @@ pub const PAYLOAD_BYTES_MAX: usize = 512 * 1024;
 pub const FRAME_BYTES_MAX: usize = HEADER_BYTES + 8 + PAYLOAD_BYTES_MAX;
 /// Largest control message body.
 pub const MESSAGE_BYTES_MAX: usize = 4096;
+/// Bytes of a digest of a block of a disk.
+pub const DIGEST_BYTES: usize = 16;
+/// Digests of one message: blocks that a new backup is asked about at once.
+pub const DIGESTS_MAX: usize = 64;
+/// Bytes of a block of a disk by which two images are compared; the last one of a disk may be shorter.
+pub const BLOCK_BYTES: usize = 64 * 1024;
 /// Data bytes of a shared-memory ring between a local client and `ft-log`.
 pub const RING_BYTES: usize = 8 * 1024 * 1024;
 /// Devices of one VM.
@@ -35,6 +41,8 @@ const _: () = assert!(
     "a ring that cannot hold a few of the largest frames would stop the guest for each of them"
 );
 const _: () = assert!(MESSAGE_BYTES_MAX + HEADER_BYTES <= FRAME_BYTES_MAX);
+const _: () = assert!(8 + DIGESTS_MAX * DIGEST_BYTES <= MESSAGE_BYTES_MAX);
+const _: () = assert!(BLOCK_BYTES <= PAYLOAD_BYTES_MAX, "a block is one entry");
 const _: () = assert!(OUTGOING_BYTES_MAX >= 16 * (HEADER_BYTES + MESSAGE_BYTES_MAX));
 const _: () = assert!(
     BACKLOG_BYTES_MAX >= 4 * FRAME_BYTES_MAX && BACKLOG_BYTES_MAX >= 4 * BACKLOG_CHUNK_BYTES,

@@ -5,7 +5,7 @@
 use crate::{
     frame::{self, BodyReader, BodyWriter, FrameError, Header},
     ids::{DeviceId, Generation, Lsn},
-    limits::{HEADER_BYTES, MESSAGE_BYTES_MAX, VM_NAME_BYTES_MAX},
+    limits::{DIGEST_BYTES, DIGESTS_MAX, HEADER_BYTES, MESSAGE_BYTES_MAX, VM_NAME_BYTES_MAX},
     timing::Timing,
     versions::Versions,
 };
@@ -61,6 +61,13 @@ pub enum Message {
     },
     /// New backup to survivor: the state is here, whole. Said again on each new channel while `Synced` has not come.
     Adopted,
+    /// New backup to survivor: what its disk holds there, as of an entry [`crate::Body::Compare`] that it has applied.
+    Digests {
+        /// First sector of the range.
+        sector: u64,
+        /// One for each block of the range, in order; at least one, at most [`DIGESTS_MAX`](crate::limits::DIGESTS_MAX).
+        digests: Vec<Digest>,
+    },
     /// Backup to primary: how far it is. The header's LSN is what it has received.
     Ack(Watermarks),
     /// The sender's replica ended: take over, or go on alone.
@@ -84,6 +91,9 @@ pub enum Message {
         asks: bool,
     },
 }
+
+/// Digest of a block of a disk: the first half of its SHA-256.
+pub type Digest = [u8; DIGEST_BYTES];
 
 /// What the sender of a hello has of the VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -133,6 +143,8 @@ const KIND_ACK: u8 = 130;
 const KIND_GONE: u8 = 131;
 const KIND_HEARTBEAT: u8 = 132;
 const KIND_ADOPTED: u8 = 133;
+/// Kind byte of [`Message::Digests`].
+const KIND_DIGESTS: u8 = 134;
 
 /// Short stable name of a VM for datagrams (FNV-1a); a collision is caught by the channel's hello.
 #[must_use]
@@ -154,7 +166,8 @@ impl Message {
     /// Appends the message's frame to `out`, stamped with the sender's generation. A reason that is too long is cut.
     ///
     /// # Panics
-    /// If a hello's VM name is longer than [`VM_NAME_BYTES_MAX`]: it is checked where it enters the program.
+    /// If a hello's VM name is longer than [`VM_NAME_BYTES_MAX`]: it is checked where it enters the program. With more digests than a
+    /// message has room for.
     pub fn encode(&self, generation: Generation, out: &mut Vec<u8>) {
         let (kind, lsn, length) = match self {
             Self::Hello(hello) => {
@@ -165,6 +178,10 @@ impl Message {
             }
             Self::Refuse { reason } => (KIND_REFUSE, Lsn::ZERO, truncated(reason).len()),
             Self::Adopted => (KIND_ADOPTED, Lsn::ZERO, 0),
+            Self::Digests { digests, .. } => {
+                assert!(digests.len() <= DIGESTS_MAX);
+                (KIND_DIGESTS, Lsn::ZERO, 8 + digests.len() * DIGEST_BYTES)
+            }
             Self::Ack(watermarks) => (KIND_ACK, watermarks.received, 16),
             Self::Gone { reason } => (KIND_GONE, Lsn::ZERO, truncated(reason).len()),
             Self::Heartbeat { lsn, .. } => (KIND_HEARTBEAT, *lsn, 25),
@@ -198,6 +215,10 @@ impl Message {
                     }
                 }
                 Self::Adopted => {}
+                Self::Digests { sector, digests } => {
+                    body.u64(*sector);
+                    digests.iter().for_each(|digest| body.bytes(digest));
+                }
                 Self::Refuse { reason } | Self::Gone { reason } => body.bytes(truncated(reason).as_bytes()),
                 Self::Ack(watermarks) => {
                     body.u64(watermarks.durable.0);
@@ -280,6 +301,17 @@ impl Message {
             }
             KIND_ADOPTED if reader.is_empty() => Self::Adopted,
             KIND_ADOPTED => return Err(malformed),
+            KIND_DIGESTS => {
+                let sector = reader.u64().ok_or(malformed)?;
+                let (digests, rest) = body[8..].as_chunks::<DIGEST_BYTES>();
+                if digests.is_empty() || !rest.is_empty() || digests.len() > DIGESTS_MAX {
+                    return Err(malformed);
+                }
+                Self::Digests {
+                    sector,
+                    digests: digests.to_vec(),
+                }
+            }
             KIND_REFUSE => Self::Refuse { reason: text(body)? },
             KIND_GONE => Self::Gone { reason: text(body)? },
             KIND_ACK => {
@@ -402,6 +434,10 @@ mod tests {
             standing(Standing::Nothing),
             standing(Standing::Part),
             Message::Adopted,
+            Message::Digests {
+                sector: 1 << 40,
+                digests: vec![[7; DIGEST_BYTES]; DIGESTS_MAX],
+            },
             Message::Refuse { reason: "no".into() },
             Message::Ack(Watermarks {
                 received: Lsn(99),

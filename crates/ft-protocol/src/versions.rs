@@ -13,7 +13,8 @@
 //!   to them, so that sides without a common version can still tell each other so. Entries of the device engine.
 //! - 4: hello says what its sender has (a host that holds nothing asks to be synchronised); `adopted`; the entry `synced`.
 //! - 5: hello says the times that its sender keeps, and a backup takes the primary's; the entry `configuration` changes them. Heartbeats ask for
-//!   an answer, and are fewer while there is nothing to say.
+//!   an answer, and are fewer while there is nothing to say. `digests`, and the entries `compare` and `transferred`: a new backup's disk is
+//!   brought up with them. Releases of 4 take no new backup.
 //!
 //! Releases of 1 and 2 speak one version each, and this one none of them. The table of all formats is in docs/log-format.md.
 

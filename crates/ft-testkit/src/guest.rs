@@ -246,6 +246,8 @@ impl Guest {
             | Body::Zeroes { .. }
             | Body::Flush
             | Body::Synced { .. }
+            | Body::Compare { .. }
+            | Body::Transferred
             | Body::Configuration(_) => {
                 return Err(Diverged(format!("this guest makes no {} entry", body.name())));
             }

@@ -174,6 +174,7 @@ impl World {
                 id,
                 Event::LocalReady {
                     fingerprint: FINGERPRINT,
+                    shape: Some(FINGERPRINT),
                 },
             ),
             Task::Tick => {

@@ -6,11 +6,11 @@
 //! ```
 //! Until it is to serve, a daemon has no socket: nobody can start the VM on the wrong host.
 
-use std::{os::unix::net::UnixStream, sync::Arc};
+use std::sync::Arc;
 
 use ft_client::{
     events::{Events, wall_ns},
-    handshake::{self, DeviceSession, EngineSession, JoinError},
+    handshake::{self, DeviceSession, EngineSession, JoinError, ShimSession},
 };
 use ft_protocol::{Body, Role};
 use tracing::info;
@@ -46,8 +46,8 @@ struct Joined {
     seat: DeviceSession,
     role: Role,
     service: Service,
-    /// The end of either of a disk's sockets is the end of the replica for ft-log: this one stays until the process ends.
-    _seat_of_the_shim: Option<UnixStream>,
+    /// The end of either of a disk's sockets is the end of the replica for ft-log: the link has both until the process ends.
+    shim: Option<ShimSession>,
 }
 
 /// Serves until the end.
@@ -68,7 +68,7 @@ pub(crate) fn serve(
         seat,
         role,
         service,
-        _seat_of_the_shim,
+        shim,
     }) = joined
     else {
         return Ok(());
@@ -91,7 +91,7 @@ pub(crate) fn serve(
         wall_ns: wall_ns(),
         devices: &[],
     };
-    let (link, mirror) = Link::begin(seat, role, (!is_card).then_some(&boot), Box::new(open));
+    let (link, mirror) = Link::begin(seat, shim, role, (!is_card).then_some(&boot), Box::new(open));
     device.mirror(mirror)?;
     let never = EventFd::new(EFD_NONBLOCK).map_err(End::environment)?;
     Alone::new(device, commands, Arc::new(signals), never, events, service)?
@@ -108,8 +108,9 @@ fn join_disk(
 ) -> Result<Option<Joined>, End> {
     let place = membership.clone();
     device.take_part(Part::Joins)?;
-    let join = move || handshake::join_engine(&place.ft_log, &place.vm, &place.device, &fingerprint);
-    let EngineSession { device: seat, shim } = match signals.unless_asked_to_end(join)? {
+    let shape = device.shape();
+    let join = move || handshake::join_engine(&place.ft_log, &place.vm, &place.device, &fingerprint, shape);
+    let EngineSession { device: seat, mut shim } = match signals.unless_asked_to_end(join)? {
         Some(Ok(joined)) => joined,
         Some(Err(error)) => {
             // Nothing else says that no pair was made of it.
@@ -121,9 +122,8 @@ fn join_disk(
         None => return Ok(None),
     };
     let service = has_joined();
-    let seat_of_the_shim = shim.stream.try_clone().map_err(End::environment)?;
-    let followed = follow(device, shim, signals);
-    to_serve(followed, seat, service, Some(seat_of_the_shim))
+    let followed = follow(device, &mut shim, signals);
+    to_serve(followed, seat, service, Some(shim))
 }
 
 /// Joins as a network card, which has no state: it waits until this side is to serve; `None` if the VM is over before.
@@ -157,14 +157,14 @@ fn to_serve(
     followed: Result<Followed, End>,
     mut seat: DeviceSession,
     service: Service,
-    seat_of_the_shim: Option<UnixStream>,
+    shim: Option<ShimSession>,
 ) -> Result<Option<Joined>, End> {
     match followed {
         Ok(Followed::Serve(role)) => Ok(Some(Joined {
             seat,
             role,
             service,
-            _seat_of_the_shim: seat_of_the_shim,
+            shim,
         })),
         Ok(Followed::Over) => Ok(None),
         Err(end) => {

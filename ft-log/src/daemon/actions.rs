@@ -85,14 +85,11 @@ impl Daemon {
                 warn!("the peer is suspected: {reason}");
                 self.events.emit("suspect", json!({ "reason": reason }));
             }
-            // The core does this only where `takes_joiners` or `joins` says so.
-            Action::Synchronise { .. }
-            | Action::GiveUp { .. }
-            | Action::NotTaken { .. }
-            | Action::Hold { .. }
-            | Action::AppendSynced { .. } => {
-                unreachable!("this daemon takes no new backup and is none: {action:?}")
-            }
+            Action::Synchronise { start } => self.synchronise(start),
+            Action::GiveUp { reason } => self.give_up(reason),
+            Action::NotTaken { reason } => self.not_taken(&reason),
+            Action::Hold { after } => self.vm.local.region.hold(after),
+            Action::AppendSynced { instance } => self.append_synced(instance),
             Action::CloseChannel => self.close_channel()?,
             Action::BreakChannel => {
                 info!("the logging channel is of no use and is connected anew");
@@ -133,25 +130,25 @@ impl Daemon {
     }
 
     fn publish(&mut self, role: Role, generation: Generation, replay_end: Lsn) -> io::Result<()> {
-        let is_primary = self.vm.is_primary();
         match role {
-            Role::Recording | Role::Replaying => {
-                let flushes = self.vm.replica.ack_strength() == Strength::Durable;
-                self.vm.journal.start(generation, flushes);
-            }
+            // Of a state that is being transferred the journal would have a part; it begins when that is here.
+            Role::Recording | Role::Replaying if !self.vm.replica.awaits_state() => self.start_journal(),
             Role::GoingLive | Role::Live => self.vm.journal.finish(),
             _ => {}
         }
         if role == Role::Live {
             self.vm.backlog.clear();
+            self.vm.local.region.end_synchronisation();
         }
-        if role == Role::Live && !is_primary {
-            // A new generation's log, before anybody may write it.
-            self.vm.local.region.restart_log(Lsn(1));
-            self.vm.local.merger.restart(Lsn(1));
+        if role == Role::Live && self.vm.local.merger.next() <= replay_end {
+            // A backup's log goes on behind what it replayed; before anybody may write it.
+            self.vm.local.region.restart_log(replay_end.next());
+            self.vm.local.merger.restart(replay_end.next());
         }
         self.vm.local.region.publish(role, generation, replay_end);
         self.vm.local.ring_all();
+        let had_backup = self.vm.records;
+        self.vm.records = role == Role::Recording || had_backup && role == Role::Arbitrating;
         info!("{role:?}, generation {generation}");
         match role {
             Role::Recording | Role::Replaying => {
@@ -163,8 +160,9 @@ impl Daemon {
             Role::GoingLive => self.queue.push_back(Event::Consumed {
                 through: self.vm.local.region.consumed().min(replay_end),
             }),
+            Role::Pairing if self.config.resync => self.attempt_failed(),
             Role::Live => {
-                if is_primary && !self.vm.alone {
+                if had_backup && !self.vm.alone {
                     self.events.emit("backup_gone", json!({ "generation": generation.0 }));
                 }
                 self.events.emit("go_live", json!({ "generation": generation.0 }));
@@ -172,6 +170,13 @@ impl Daemon {
             _ => {}
         }
         Ok(())
+    }
+
+    pub(super) fn start_journal(&mut self) {
+        let replica = &self.vm.replica;
+        let flushes = replica.ack_strength() == Strength::Durable;
+        let first = replica.last().next();
+        self.vm.journal.start(replica.generation(), first, flushes);
     }
 
     /// The arbiter's word, for the core and the operator. A trouble that stays is told once.

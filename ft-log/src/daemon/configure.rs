@@ -48,7 +48,7 @@ impl Daemon {
     }
 
     /// Claims the next LSN for an entry of ft-log's own and puts it among those of the clients.
-    fn append_own(&mut self, body: &Body<'_>) -> Lsn {
+    pub(super) fn append_own(&mut self, body: &Body<'_>) -> Lsn {
         let lsn = self.vm.local.region.claim_lsn();
         let entry = Entry {
             lsn,

@@ -76,7 +76,6 @@ pub(super) struct Link {
     timeout_ms: u32,
     /// For TLS.
     identity: Option<Identity>,
-    side: Side,
     /// Why the peer was refused, as the operator was told.
     refused: Option<String>,
     /// Why the last connection was turned away, as the operator was told.
@@ -91,7 +90,6 @@ impl Link {
         connect_at_ns: Option<u64>,
         timeout_ms: u32,
         identity: Option<Identity>,
-        side: Side,
     ) -> Self {
         Self {
             listener: listener.map(Rc::new),
@@ -106,7 +104,6 @@ impl Link {
             told: None,
             timeout_ms,
             identity,
-            side,
             refused: None,
             turned_away: None,
             fruitless: 0,
@@ -151,6 +148,13 @@ impl Link {
         }
     }
 
+    /// Whether the operator was not told of this last.
+    pub(super) fn is_new_refusal(&mut self, reason: &str) -> bool {
+        let is_new = self.refused.as_deref() != Some(reason);
+        self.refused = Some(reason.into());
+        is_new
+    }
+
     pub(super) fn channel(&mut self) -> Option<&mut Channel> {
         self.channel.as_mut()
     }
@@ -189,13 +193,13 @@ impl Link {
         channel.cut(ring)
     }
 
-    /// A new connection, of which nothing is known.
-    fn open(&mut self, ring: &mut Ring, socket: Rc<OwnedFd>, peer: SocketAddr) -> io::Result<Channel> {
+    /// A new connection, of which nothing is known. Whoever connects it speaks as the primary does, to TLS and in heartbeats.
+    fn open(&mut self, ring: &mut Ring, socket: Rc<OwnedFd>, peer: SocketAddr, side: Side) -> io::Result<Channel> {
         self.numbers = self.numbers.wrapping_add(1);
         let session = self
             .identity
             .as_ref()
-            .map(|identity| identity.session(self.side))
+            .map(|identity| identity.session(side))
             .transpose()?;
         Channel::new(ring, self.numbers, socket, peer, self.timeout_ms, session)
     }
@@ -233,6 +237,9 @@ impl Daemon {
         if expected != Some(peer.ip()) {
             let reason = format!("{} is not the peer's address (--peer)", peer.ip());
             self.vm.link.tell_turned_away(peer, reason);
+        } else if self.vm.replica.connects() {
+            let reason = "this side connects the channel itself".into();
+            self.vm.link.tell_turned_away(peer, reason);
         } else if !self.vm.wants_channel() || self.ending.is_some() {
             let reason = format!("this side is {:?}", self.vm.replica.role());
             self.vm.link.tell_turned_away(peer, reason);
@@ -240,7 +247,7 @@ impl Daemon {
             let reason = format!("{CANDIDATES_MAX} others have not said hello yet");
             self.vm.link.tell_turned_away(peer, reason);
         } else {
-            match self.vm.link.open(&mut self.ring, Rc::new(socket), peer) {
+            match self.vm.link.open(&mut self.ring, Rc::new(socket), peer, Side::Backup) {
                 Ok(channel) => self.vm.link.candidates.push(Candidate {
                     channel,
                     // The primary gives up after half of it.
@@ -305,6 +312,8 @@ impl Daemon {
 
     /// The peer is back: whatever channel there was is over.
     fn promote(&mut self, at: usize) -> io::Result<()> {
+        // What was appended before belongs to the time without a new backup.
+        while self.record()? {}
         let candidate = self.vm.link.candidates.swap_remove(at);
         if let Some(former) = self.vm.link.channel.take() {
             self.vm.link.cut(former, &mut self.ring)?;
@@ -378,7 +387,7 @@ impl Daemon {
     fn open_channel(&mut self, socket: Rc<OwnedFd>, peer: SocketAddr) -> io::Result<()> {
         self.vm.link.told = None;
         self.vm.link.fruitless = self.vm.link.fruitless.saturating_add(1);
-        match self.vm.link.open(&mut self.ring, socket, peer) {
+        match self.vm.link.open(&mut self.ring, socket, peer, Side::Primary) {
             Ok(channel) => {
                 debug!("channel with {peer} is up");
                 self.vm.link.channel = Some(channel);
@@ -394,7 +403,7 @@ impl Daemon {
 
     /// Plans the next attempt; after one that failed, with a pause.
     fn connect_again(&mut self, failed: bool) {
-        if !self.vm.wants_channel() || self.ending.is_some() || self.vm.link.listener.is_some() {
+        if !self.vm.wants_channel() || self.ending.is_some() || !self.vm.replica.connects() {
             return;
         }
         let pause_ns = match self.vm.replica.role() {

@@ -15,6 +15,7 @@ mod link;
 mod polling;
 mod receive;
 mod record;
+mod repair;
 mod status;
 mod vm;
 
@@ -131,15 +132,9 @@ impl Daemon {
     /// As [`Ring::submit`].
     pub fn new(config: Config, parts: Parts) -> io::Result<Self> {
         let now_ns = monotonic_ns();
-        let connects = config.role == Side::Primary && !config.alone;
+        let connects = (config.role == Side::Primary || config.resync) && !config.alone;
         let timeout_ms = u32::try_from(config.channel_timeout_ms()).unwrap_or(u32::MAX);
-        let link = Link::new(
-            parts.listener,
-            connects.then_some(now_ns),
-            timeout_ms,
-            parts.identity,
-            config.role,
-        );
+        let link = Link::new(parts.listener, connects.then_some(now_ns), timeout_ms, parts.identity);
         let mut daemon = Self {
             clients: Clients::new(&config.vm, parts.socket, ns(config.timers.join_timeout_ms)),
             doorbell: Rc::new(parts.local.doorbell()?),
@@ -194,6 +189,7 @@ impl Daemon {
             }
             self.tell_full()?;
             self.look_at_consumed()?;
+            self.look_at_holding()?;
             let now_ns = monotonic_ns();
             self.on_time(now_ns)?;
             self.flush(now_ns)?;
@@ -340,8 +336,8 @@ impl Daemon {
         match news {
             News::Complete => {
                 info!("all local processes have joined");
-                let fingerprint = self.vm.local.fingerprint();
-                self.handle(Event::LocalReady { fingerprint })
+                let (fingerprint, shape) = (self.vm.local.fingerprint(), self.vm.local.shape());
+                self.handle(Event::LocalReady { fingerprint, shape })
             }
             News::Reported { seat, reason } => {
                 let diverged = seat == self.vm.local.shim() && reason.starts_with("diverged");
@@ -366,7 +362,7 @@ impl Daemon {
         if matches!(self.vm.replica.role(), Role::Off | Role::Halted) {
             return Ok(());
         }
-        if self.vm.is_primary() && self.vm.power_off.is_some() {
+        if self.vm.leads() && self.vm.power_off.is_some() {
             info!("{reason}, after the guest powered off");
             return Ok(());
         }
@@ -407,7 +403,7 @@ impl Daemon {
 
     /// Whether the primary's outputs wait for this side's journal: without one it could never acknowledge again.
     fn is_waited_for(&self) -> bool {
-        !self.vm.is_primary()
+        !self.vm.leads()
             && matches!(self.vm.replica.role(), Role::Replaying | Role::Arbitrating)
             && self.vm.replica.ack_strength() == Strength::Durable
     }
@@ -416,7 +412,7 @@ impl Daemon {
     fn look_at_consumed(&mut self) -> io::Result<()> {
         let role = self.vm.replica.role();
         let replays = matches!(role, Role::Replaying | Role::GoingLive);
-        if !(replays || role == Role::Arbitrating && !self.vm.is_primary()) {
+        if !(replays || role == Role::Arbitrating && !self.vm.leads()) {
             return Ok(());
         }
         loop {
@@ -429,6 +425,7 @@ impl Daemon {
                 return Ok(());
             }
             self.handle(Event::Consumed { through })?;
+            self.look_at_transfer(through)?;
             if self.vm.replica.progress().replayed == told {
                 return Ok(());
             }

@@ -9,7 +9,7 @@ use std::io;
 use ft_client::events::monotonic_ns;
 use ft_protocol::{
     Event, Lsn, Place, Role,
-    entry::{self, Body, Entry, KIND_CONFIGURATION, KIND_POWER_OFF},
+    entry::{self, Body, Entry, KIND_CONFIGURATION, KIND_POWER_OFF, KIND_SYNCED, KIND_TRANSFERRED},
     frame::{self, KIND_MESSAGE_FIRST},
     message::Message,
 };
@@ -60,6 +60,11 @@ impl Daemon {
                     let decoded = Message::decode(&channel.unused()[..length]);
                     channel.taken(length);
                     match decoded {
+                        Ok((generation, message @ Message::Digests { .. })) => self.digests_came(generation, &message),
+                        Ok((generation, message @ Message::Ack(_))) => {
+                            self.handle(Event::Message { generation, message })?;
+                            self.show_applied();
+                        }
                         Ok((generation, message)) => self.handle(Event::Message { generation, message })?,
                         Err(error) => return self.damaged(format!("at byte {position}: {error}")),
                     }
@@ -88,7 +93,7 @@ impl Daemon {
         let generation = self.vm.replica.generation();
         let from = self.vm.replica.last().next();
         let mut next = from;
-        let mut power_off = None;
+        let (mut power_off, mut synced) = (None, None);
         let mut configurations = Vec::new();
         let received = channel.unused();
         let (mut used, mut known) = (0, 0);
@@ -132,15 +137,12 @@ impl Daemon {
             self.vm.local.replay.stage(length, |out| out.copy_from_slice(bytes));
             match header.kind {
                 KIND_POWER_OFF => power_off = Some(next),
-                KIND_CONFIGURATION => {
-                    if let Ok(Entry {
-                        body: Body::Configuration(timing),
-                        ..
-                    }) = Entry::decode(bytes)
-                    {
-                        configurations.push((next, timing));
-                    }
-                }
+                KIND_TRANSFERRED => self.vm.transferred = Some(next),
+                KIND_CONFIGURATION | KIND_SYNCED => match Entry::decode(bytes).map(|entry| entry.body) {
+                    Ok(Body::Configuration(timing)) => configurations.push((next, timing)),
+                    Ok(Body::Synced { instance }) => synced = Some((next, instance)),
+                    _ => {}
+                },
                 _ => {}
             }
             used += length;
@@ -162,8 +164,10 @@ impl Daemon {
                 through,
                 power_off,
                 configuration: None,
+                synced,
             };
             self.count(batch, used - known);
+            self.note_synced(batch)?;
             self.handle(Event::Received {
                 generation,
                 from,
@@ -205,7 +209,7 @@ impl Daemon {
     /// The peer sent what no peer sends. Before pairing that is a stranger on the backup's port; in a pair it is a damaged log,
     /// and this side cannot go on with it.
     fn damaged(&mut self, reason: String) -> io::Result<()> {
-        if self.vm.replica.role() == Role::Pairing && !self.vm.is_primary() {
+        if self.vm.replica.role() == Role::Pairing && !self.vm.leads() {
             warn!("closed a connection that does not speak this protocol: {reason}");
             return self.drop_channel();
         }

@@ -13,12 +13,13 @@ impl Daemon {
     pub(super) fn record(&mut self) -> io::Result<bool> {
         match self.vm.replica.role() {
             Role::Halted | Role::Off => return Ok(false),
-            Role::Live => return self.discard(),
-            Role::Recording | Role::Arbitrating if self.vm.is_primary() => {
+            Role::Live if !self.vm.replica.keeps_entries() => return self.discard(),
+            Role::Live | Role::Recording | Role::Arbitrating if self.vm.leads() => {
                 if !self.vm.takes_entries() {
                     return Ok(false);
                 }
             }
+            Role::Replaying if self.vm.replica.awaits_state() => return self.send_digests(),
             // This side does not execute: a claimed LSN would be lost.
             _ => {
                 return match self.vm.local.merger.check_empty() {
@@ -44,6 +45,7 @@ impl Daemon {
         self.vm.backlog.seal(through);
         self.vm.polling.took(monotonic_ns());
         self.count(batch, bytes);
+        self.note_synced(batch)?;
         self.handle(Event::Appended { through })?;
         if let Err(failure) = journalled {
             self.journal_failed(failure)?;
@@ -56,12 +58,14 @@ impl Daemon {
     fn discard(&mut self) -> io::Result<bool> {
         self.scratch.clear();
         let generation = self.vm.replica.generation();
-        let previous_too = self.vm.is_primary();
-        let taken = self.vm.local.merger.take(generation, previous_too, &mut self.scratch);
+        let taken = self.vm.local.merger.take(generation, true, &mut self.scratch);
         let Some(batch) = self.sort_out(taken)? else {
             return Ok(false);
         };
         self.count(batch, self.scratch.len());
+        // A new backup begins behind them.
+        let through = batch.through;
+        self.handle(Event::Appended { through })?;
         self.note(batch)?;
         Ok(true)
     }
@@ -79,6 +83,14 @@ impl Daemon {
     pub(super) fn count(&mut self, batch: Batch, bytes: usize) {
         self.vm.counters.entries += batch.through.0 - batch.from.0 + 1;
         self.vm.counters.bytes += bytes as u64;
+    }
+
+    /// Told before what has it is counted as appended or received.
+    pub(super) fn note_synced(&mut self, batch: Batch) -> io::Result<()> {
+        match batch.synced {
+            Some((lsn, instance)) => self.handle(Event::SyncedEntry { lsn, instance }),
+            None => Ok(()),
+        }
     }
 
     /// What ft-log itself has to know of the entries of a batch.

@@ -5,13 +5,7 @@ use ft_protocol::{Backlog, Lsn, Replica, Role, limits::BACKLOG_BYTES_MAX};
 use ft_client::events::monotonic_ns;
 
 use super::{link::Link, polling::Polling};
-use crate::{
-    arbiter::Arbiter,
-    config::{Config, Side},
-    exit::Exit,
-    journal_writer::JournalWriter,
-    local::Local,
-};
+use crate::{arbiter::Arbiter, config::Config, exit::Exit, journal_writer::JournalWriter, local::Local};
 
 /// Log traffic since the start.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,8 +17,6 @@ pub(super) struct Counters {
 /// One VM on this host.
 #[derive(Debug)]
 pub(super) struct Vm {
-    /// Which side this host was started as.
-    pub(super) side: Side,
     pub(super) alone: bool,
     pub(super) replica: Replica,
     pub(super) local: Local,
@@ -50,6 +42,10 @@ pub(super) struct Vm {
     pub(super) counters: Counters,
     /// The guest's power-off, once it is in the log.
     pub(super) power_off: Option<Lsn>,
+    /// This side has, or may have, a backup that follows it.
+    pub(super) records: bool,
+    /// New backup: the entry with which it has the whole, once that is here.
+    pub(super) transferred: Option<Lsn>,
     /// Exit status of the local failure that is being told to the core.
     pub(super) failure: Exit,
 }
@@ -57,7 +53,6 @@ pub(super) struct Vm {
 impl Vm {
     pub(super) fn new(config: &Config, instance: u64, local: Local, link: Link, arbiter: Arbiter) -> Self {
         Self {
-            side: config.role,
             alone: config.alone,
             replica: Replica::new(config.replica(instance), monotonic_ns()),
             local,
@@ -74,12 +69,15 @@ impl Vm {
             told_full: false,
             counters: Counters::default(),
             power_off: None,
+            records: false,
+            transferred: None,
             failure: Exit::LocalFailure,
         }
     }
 
-    pub(super) fn is_primary(&self) -> bool {
-        self.side == Side::Primary
+    /// Whether this side makes the log of its VM: it was started as primary, or is live.
+    pub(super) fn leads(&self) -> bool {
+        self.replica.leads()
     }
 
     /// Whether a logging channel is of use to this side.
@@ -87,6 +85,8 @@ impl Vm {
         match self.replica.role() {
             Role::Pairing | Role::Arbitrating => !self.alone,
             Role::Recording | Role::Replaying => true,
+            // A new backup may come.
+            Role::Live => !self.alone,
             _ => false,
         }
     }
@@ -95,8 +95,8 @@ impl Vm {
     /// stop, which is the log's flow control.
     pub(super) fn takes_entries(&self) -> bool {
         match self.replica.role() {
-            Role::Recording | Role::Arbitrating if self.is_primary() => !self.backlog.is_full(),
-            Role::Live => true,
+            Role::Recording | Role::Arbitrating if self.leads() => !self.backlog.is_full(),
+            Role::Live => !self.replica.keeps_entries() || !self.backlog.is_full(),
             _ => false,
         }
     }

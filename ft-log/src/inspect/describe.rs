@@ -44,9 +44,10 @@ pub(super) fn fields(body: &Body<'_>) -> Map<String, Value> {
         Body::Pages { payload } | Body::State { payload, .. } => json!({ "payload_bytes": payload.len() }),
         Body::Write { sector, payload } => json!({ "sector": sector, "payload_bytes": payload.len() }),
         Body::Zeroes { sector, sectors, unmap } => json!({ "sector": sector, "sectors": sectors, "unmap": unmap }),
+        Body::Compare { sector, sectors } => json!({ "sector": sector, "sectors": sectors }),
         Body::Synced { instance } => json!({ "instance": format!("{instance:016x}") }),
         Body::Configuration(timing) => configure::show(timing),
-        Body::Kick(_) | Body::Sync(_) | Body::Flush => json!({}),
+        Body::Kick(_) | Body::Sync(_) | Body::Flush | Body::Transferred => json!({}),
     };
     match fields {
         Value::Object(fields) => fields,

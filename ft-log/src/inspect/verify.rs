@@ -178,7 +178,7 @@ fn table(findings: &Findings, out: &mut dyn Write) -> Result<(), InspectError> {
     if let Some(first) = findings.first.filter(|first| *first > 1) {
         writeln!(
             out,
-            "  begins at entry {first}: what was before is not here (--journal-keep-segments)"
+            "  begins at entry {first}: what was before is not here (--journal-keep-segments, or a new backup was taken there)"
         )?;
     }
     for damage in &findings.damage {

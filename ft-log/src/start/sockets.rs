@@ -16,11 +16,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{
-    config::{Config, Side},
-    exit::StartError,
-    heartbeat::Heartbeats,
-};
+use crate::{config::Config, exit::StartError, heartbeat::Heartbeats};
 
 /// Our socket file, which goes with us.
 pub(super) struct SocketFile(pub(super) PathBuf);
@@ -50,16 +46,11 @@ pub(super) fn sockets(
         }
     };
     let heartbeats = patiently(|| UdpSocket::bind(listen)).map_err(failed("bind the heartbeats' UDP socket"))?;
-    let listener = match config.role {
-        // The standard library sets SO_REUSEADDR.
-        Side::Backup => {
-            Some(patiently(|| TcpListener::bind(listen)).map_err(failed("listen for the logging channel"))?)
-        }
-        Side::Primary => None,
-    };
+    // A primary connects, and listens for a new backup once it is live. The standard library sets SO_REUSEADDR.
+    let listener = patiently(|| TcpListener::bind(listen)).map_err(failed("listen for the logging channel"))?;
     let address: SocketAddr = peer;
     Ok((
-        listener.map(OwnedFd::from),
+        Some(listener.into()),
         Some(Heartbeats::new(
             heartbeats.into(),
             address,

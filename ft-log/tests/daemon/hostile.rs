@@ -58,6 +58,7 @@ fn lines_that_are_no_join_are_answered_and_closed_and_others_join() {
         vm: VM.into(),
         client: Client::Shim,
         fingerprint: hex(&FINGERPRINT),
+        shape: None,
     };
     write_line(&mut old, &join).unwrap();
     assert!(answer(&mut old).contains(&format!("version {}", VERSION + 1)));
@@ -106,6 +107,7 @@ fn join_raw(path: &std::path::Path, device: &str) -> Raw {
         vm: VM.into(),
         client: Client::Device(device.into()),
         fingerprint: hex(&FINGERPRINT),
+        shape: None,
     };
     write_line(&mut stream, &join).unwrap();
     let mut buffer = [0; 4096];
@@ -157,7 +159,7 @@ fn misbehave(deed: impl FnOnce(&mut Raw)) -> String {
     line.unwrap().to_owned()
 }
 
-fn entry(lsn: u64, generation: u32) -> Vec<u8> {
+pub(crate) fn entry(lsn: u64, generation: u32) -> Vec<u8> {
     let body = Body::Sync(Stop::default());
     let entry = Entry {
         lsn: Lsn(lsn),
@@ -267,7 +269,7 @@ fn ack(received: Lsn) -> Message {
 /// What a host of this test computes from its clients' fingerprints.
 fn fingerprint() -> [u8; 32] {
     let mut local = ft_log::local::Local::new(&["blk0".into(), "net0".into()]).unwrap();
-    (0..3).for_each(|seat| assert!(local.occupy(seat, hex(&FINGERPRINT))));
+    (0..3).for_each(|seat| assert!(local.occupy(seat, hex(&FINGERPRINT), None)));
     local.fingerprint()
 }
 
@@ -286,7 +288,7 @@ fn receive_entry(stream: &mut TcpStream) -> Lsn {
     Entry::decode(&receive_frame(stream)).unwrap().lsn
 }
 
-fn receive_frame(stream: &mut TcpStream) -> Vec<u8> {
+pub(crate) fn receive_frame(stream: &mut TcpStream) -> Vec<u8> {
     let mut length = [0; 4];
     stream.read_exact(&mut length).unwrap();
     let length_bytes = frame::peek_length(&length).unwrap().unwrap();

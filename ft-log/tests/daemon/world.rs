@@ -140,12 +140,17 @@ impl World {
 
     /// Starts a daemon that gets as far as listening.
     pub(crate) fn start_with(&self, host: HostId, more: &[&str]) -> Daemon {
-        Self::listening(&mut self.patient(host, more))
+        Self::listening(&mut Self::patient(self.command(host), more))
+    }
+
+    /// The same for a VM with one disk and no shim.
+    pub(crate) fn start_disk(&self, host: HostId) -> Daemon {
+        Self::listening(&mut Self::patient(self.command_with(host, "blk0"), &["--vm", VM]))
     }
 
     /// The same with a file size limit, which stands for the full disk: large enough for the shared memory, too small for the journal.
     pub(crate) fn start_limited(&self, host: HostId, more: &[&str]) -> Daemon {
-        let command = self.patient(host, more);
+        let command = Self::patient(self.command(host), more);
         let mut shell = Command::new("bash");
         shell.args(["-c", "trap '' XFSZ; ulimit -f 10240; exec \"$0\" \"$@\""]);
         Self::listening(shell.arg(command.get_program()).args(command.get_args()))
@@ -158,8 +163,7 @@ impl World {
     }
 
     /// The command line of a daemon that suspects nobody for silence, unless it is told to.
-    fn patient(&self, host: HostId, more: &[&str]) -> Command {
-        let mut command = self.command(host);
+    fn patient(mut command: Command, more: &[&str]) -> Command {
         command.args(more);
         if !more.contains(&"--heartbeat-misses") {
             // A busy machine is not a dead host.

@@ -109,7 +109,7 @@ impl<S: Source> Replayer<S> {
                 // They are about the pair, and no part of the execution.
                 Body::Synced { .. } | Body::Configuration(_) => continue,
                 Body::Boot { .. } => return Err(Error::LogEnds(format!("entry {} is a second power-on", entry.lsn))),
-                Body::Write { .. } | Body::Zeroes { .. } | Body::Flush => {
+                Body::Write { .. } | Body::Zeroes { .. } | Body::Flush | Body::Compare { .. } | Body::Transferred => {
                     return Err(Error::LogEnds(format!(
                         "entry {} is of the device engine: there is no execution to replay",
                         entry.lsn

@@ -3,7 +3,7 @@
 use std::io;
 
 use ft_client::events::Events;
-use ft_protocol::{Body, Committed, Lsn};
+use ft_protocol::{Body, Committed, Lsn, message::Digest};
 use ft_vhost::{
     device::{Buffer, Completion, Device, Input, Life, Mirror, Part, Uring},
     exit::End,
@@ -19,6 +19,7 @@ use tracing::{error, info};
 use super::{Disk, Done, INPUT_BYTES_MERGED, is_unsupported};
 use crate::{
     replication::{Replication, Stage},
+    resync,
     transfer::BOUNCE_BYTES_MAX,
 };
 
@@ -82,6 +83,10 @@ impl Device for Disk {
     }
 
     fn complete(&mut self, completion: Completion, io: &mut Uring) -> Result<(), End> {
+        if resync::is_block(completion.token) {
+            self.block_read(completion, io);
+            return Ok(());
+        }
         let Completion {
             token: id,
             result,
@@ -199,6 +204,22 @@ impl Device for Disk {
         Ok(())
     }
 
+    fn shape(&self) -> Option<[u8; 32]> {
+        Some(self.image.shape())
+    }
+
+    fn synchronise(&mut self, number: Option<u32>) {
+        self.synchronise_with(number);
+    }
+
+    fn compare(&mut self, sector: u64, digests: &[Digest]) {
+        self.answered(sector, digests);
+    }
+
+    fn digests(&mut self, sector: u64, sectors: u32) -> Result<Vec<Digest>, End> {
+        self.image.digests(sector, sectors).map_err(End::Replica)
+    }
+
     fn committed(&mut self, committed: Committed, io: &mut Uring) -> Result<Option<Lsn>, End> {
         while let Some(id) = self.replication.as_mut().and_then(|log| log.next_committed(committed)) {
             let job = self
@@ -229,11 +250,12 @@ impl Device for Disk {
         self.buffers.bounced < BOUNCE_BYTES_MAX
     }
 
-    fn tick(&mut self, now_ns: u64, io: &mut Uring, _events: &mut Events) -> Result<Option<u64>, End> {
+    fn tick(&mut self, now_ns: u64, io: &mut Uring, events: &mut Events) -> Result<Option<u64>, End> {
+        let look_ns = self.bring_up(now_ns, io, events);
         for id in self.starving.due(now_ns) {
             self.start_job(id, io);
         }
-        Ok(self.starving.deadline_ns())
+        Ok(self.starving.deadline_ns().into_iter().chain(look_ns).min())
     }
 
     fn give_up(&mut self, io: &mut Uring) -> Result<(), End> {

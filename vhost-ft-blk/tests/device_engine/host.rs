@@ -37,12 +37,53 @@ impl Host {
         std::fs::read(self.image()).unwrap()
     }
 
-    /// The power cord; one of its processes dies first.
-    pub(crate) fn kill(self, log_first: bool) {
-        let Self { log, blk, .. } = self;
+    /// The power cord; one of its processes dies first. Its disks are left.
+    pub(crate) fn kill(self, log_first: bool) -> TempDir {
+        let Self { log, blk, directory } = self;
         let (first, second) = if log_first { (log, blk) } else { (blk, log) };
         first.kill();
         second.kill();
+        directory
+    }
+
+    /// Starts the two daemons of a side; `more` goes to its ft-log.
+    pub(crate) fn spawn(
+        directory: TempDir,
+        addresses: [SocketAddr; 2],
+        primary: bool,
+        arbiter: &Path,
+        more: &[&str],
+        limit: Option<u64>,
+    ) -> Self {
+        let (role, [listen, peer]) = match primary {
+            true => ("primary", addresses),
+            false => ("backup", [addresses[1], addresses[0]]),
+        };
+        let path = |name: &str| directory.path().join(name);
+        let mut command = Command::new(ft_log());
+        command.args(["--vm", "stock", "--role", role, "--devices", "blk0"]);
+        command.args(["--socket-path", text(&path("log")), "--arbiter", text(arbiter)]);
+        command.args(["--listen", &listen.to_string(), "--peer", &peer.to_string()]);
+        command.args(["--heartbeat-interval-ms", "100", "--leave-timeout-ms", "60000"]);
+        if !more.contains(&SUSPICIOUS[0]) {
+            // A busy machine is no failure.
+            command.args(["--heartbeat-misses", "10000", "--channel-timeout-ms", "200000"]);
+        }
+        command.args(["--journal", text(&path("journal")), "--journal-earlier", "archive"]);
+        command.args(more);
+        let mut log = Daemon::spawn(&mut command);
+        log.wait_line("waiting for");
+        let mut command = daemon(limit);
+        command.args([
+            "--socket-path",
+            text(&path("socket")),
+            "--blk-file",
+            text(&path("image")),
+        ]);
+        command.args(["--engine", "device", "--ft-log", text(&path("log")), "--vm", "stock"]);
+        command.args(["--device", "blk0"]);
+        let blk = Daemon::spawn(&mut command);
+        Self { directory, log, blk }
     }
 }
 
@@ -86,7 +127,9 @@ pub(crate) fn mark(directory: &Path) {
 pub(crate) struct Pair {
     pub(crate) primary: Host,
     pub(crate) backup: Host,
-    pub(crate) _arbiter: TempDir,
+    /// The primary's and the backup's.
+    pub(crate) addresses: [SocketAddr; 2],
+    pub(crate) arbiter: TempDir,
 }
 
 impl Pair {
@@ -107,48 +150,22 @@ impl Pair {
         let arbiter = TempDir::new().unwrap();
         let addresses = addresses();
         let start = |primary: bool| {
-            let (role, [listen, peer]) = match primary {
-                true => ("primary", addresses),
-                false => ("backup", [addresses[1], addresses[0]]),
-            };
             let directory = TempDir::new().unwrap();
-            let path = |name: &str| directory.path().join(name);
             let byte = content[usize::from(!primary)];
-            std::fs::write(path("image"), vec![byte; SECTORS as usize * 512]).unwrap();
+            std::fs::write(directory.path().join("image"), vec![byte; SECTORS as usize * 512]).unwrap();
             if marked {
                 mark(directory.path());
             }
-            let mut command = Command::new(ft_log());
-            command.args(["--vm", "stock", "--role", role, "--devices", "blk0"]);
-            command.args(["--socket-path", text(&path("log")), "--arbiter", text(arbiter.path())]);
-            command.args(["--listen", &listen.to_string(), "--peer", &peer.to_string()]);
-            command.args(["--heartbeat-interval-ms", "100", "--leave-timeout-ms", "60000"]);
-            if !more.contains(&SUSPICIOUS[0]) {
-                // A busy machine is no failure.
-                command.args(["--heartbeat-misses", "10000", "--channel-timeout-ms", "200000"]);
-            }
-            command.args(["--journal", text(&path("journal"))]);
-            std::fs::create_dir(path("journal")).unwrap();
-            command.args(more);
-            let mut log = Daemon::spawn(&mut command);
-            log.wait_line("waiting for");
-            let mut command = daemon(limits[usize::from(!primary)]);
-            command.args([
-                "--socket-path",
-                text(&path("socket")),
-                "--blk-file",
-                text(&path("image")),
-            ]);
-            command.args(["--engine", "device", "--ft-log", text(&path("log")), "--vm", "stock"]);
-            command.args(["--device", "blk0"]);
-            let blk = Daemon::spawn(&mut command);
-            Host { directory, log, blk }
+            std::fs::create_dir(directory.path().join("journal")).unwrap();
+            let limit = limits[usize::from(!primary)];
+            Host::spawn(directory, addresses, primary, arbiter.path(), more, limit)
         };
         let (backup, primary) = (start(false), start(true));
         Self {
             primary,
             backup,
-            _arbiter: arbiter,
+            addresses,
+            arbiter,
         }
     }
 }

@@ -8,6 +8,8 @@ mod model;
 #[cfg(not(feature = "control-no-hold"))]
 mod promises;
 #[cfg(not(feature = "control-no-hold"))]
+mod resync;
+#[cfg(not(feature = "control-no-hold"))]
 mod standing;
 #[path = "../../../crates/ft-vhost/tests/support/mod.rs"]
 mod support;
@@ -19,7 +21,8 @@ fn completing_before_the_commit_is_caught() {
     let host::Pair {
         primary,
         mut backup,
-        _arbiter,
+        arbiter: _arbiter,
+        ..
     } = host::Pair::start(&host::SUSPICIOUS);
     let mut guest = guest::Guest::attach(&primary);
     guest.write(8, 8);

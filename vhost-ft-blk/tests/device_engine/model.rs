@@ -54,6 +54,12 @@ impl Model {
         }
     }
 
+    /// The same for another guest on the same disk: what was in flight is told to nobody.
+    pub(crate) fn of_the_next_guest(mut self) -> Self {
+        self.flying.clear();
+        self
+    }
+
     /// What is wrong with an image.
     pub(crate) fn violations(&self, image: &[u8]) -> Vec<String> {
         let mut wrong = Vec::new();

@@ -24,7 +24,8 @@ fn both_images_come_to_the_same_bytes_and_the_pair_ends_in_order() {
     let Pair {
         mut primary,
         backup,
-        _arbiter,
+        arbiter: _arbiter,
+        ..
     } = Pair::start(&[]);
     let mut guest = Guest::attach(&primary);
     guest.work(&mut random, 600);
@@ -58,7 +59,8 @@ fn a_killed_primary_loses_nothing_that_the_guest_was_told() {
         let Pair {
             primary,
             mut backup,
-            _arbiter,
+            arbiter: _arbiter,
+            ..
         } = Pair::start(&[&SUSPICIOUS[..], &["--ack", ack]].concat());
         assert!(!backup.socket().exists(), "nobody may start the VM on the backup");
         let mut guest = Guest::attach(&primary);
@@ -92,7 +94,8 @@ fn a_write_is_done_when_the_backup_has_it_and_not_when_it_is_here() {
     let Pair {
         primary,
         backup: _backup,
-        _arbiter,
+        arbiter: _arbiter,
+        ..
     } = Pair::start(&[]);
     let mut guest = Guest::attach(&primary);
     guest.write(8, 8);
@@ -123,7 +126,8 @@ fn the_loser_halts_and_tells_its_guest_nothing_more() {
     let Pair {
         primary,
         mut backup,
-        _arbiter,
+        arbiter: _arbiter,
+        ..
     } = Pair::start(&SUSPICIOUS);
     let mut guest = Guest::attach(&primary);
     guest.write(8, 8);
@@ -147,7 +151,8 @@ fn without_its_backup_the_primary_goes_on_and_says_so() {
     let Pair {
         mut primary,
         backup,
-        _arbiter,
+        arbiter: _arbiter,
+        ..
     } = Pair::start(&SUSPICIOUS);
     let mut guest = Guest::attach(&primary);
     guest.work(&mut random, 30);
@@ -167,7 +172,8 @@ fn a_daemon_that_is_asked_to_end_under_its_guest_hands_over() {
     let Pair {
         primary,
         mut backup,
-        _arbiter,
+        arbiter: _arbiter,
+        ..
     } = Pair::start(&[]);
     let mut guest = Guest::attach(&primary);
     guest.work(&mut random, 50);
@@ -200,7 +206,8 @@ fn a_primary_that_cannot_write_ends_and_the_backup_takes_over() {
     let Pair {
         primary,
         mut backup,
-        _arbiter,
+        arbiter: _arbiter,
+        ..
     } = Pair::start_limited(&[], [Some(LIMIT), None]);
     let mut guest = Guest::attach(&primary);
     guest.write(8, 8);
@@ -219,7 +226,8 @@ fn a_backup_that_cannot_write_ends_and_the_primary_goes_on() {
     let Pair {
         mut primary,
         backup,
-        _arbiter,
+        arbiter: _arbiter,
+        ..
     } = Pair::start_limited(&[], [None, Some(LIMIT)]);
     let mut guest = Guest::attach(&primary);
     guest.write(LIMIT + 8, 8);

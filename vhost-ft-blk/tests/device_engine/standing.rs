@@ -41,7 +41,7 @@ fn kill(host: Host) -> tempfile::TempDir {
     directory
 }
 
-fn is_refused(host: &tempfile::TempDir) {
+pub(crate) fn is_refused(host: &tempfile::TempDir) {
     let (code, said) = served_nobody(host, &[]);
     assert_eq!(code, Some(3), "{said}");
     assert!(said.contains("one of two images of VM 'stock'"), "{said}");
@@ -53,7 +53,8 @@ fn the_image_of_a_killed_primary_is_refused_and_that_of_the_one_that_took_over_i
     let Pair {
         primary,
         mut backup,
-        _arbiter,
+        arbiter: _arbiter,
+        ..
     } = Pair::start(&[]);
     let mut guest = Guest::attach(&primary);
     guest.work(&mut random, 50);
@@ -75,7 +76,8 @@ fn the_image_of_a_killed_backup_is_refused_and_that_of_the_primary_is_not() {
     let Pair {
         mut primary,
         backup,
-        _arbiter,
+        arbiter: _arbiter,
+        ..
     } = Pair::start(&[]);
     let mut guest = Guest::attach(&primary);
     guest.work(&mut random, 50);

@@ -51,11 +51,25 @@ impl Channel {
 impl Replica {
     // ---- connecting --------------------------------------------------------------------------------------------------
 
-    pub(super) fn local_ready(&mut self, now_ns: u64, fingerprint: [u8; 32], actions: &mut Vec<Action>) {
+    pub(super) fn local_ready(
+        &mut self,
+        now_ns: u64,
+        fingerprint: [u8; 32],
+        shape: Option<[u8; 32]>,
+        actions: &mut Vec<Action>,
+    ) {
         if self.fingerprint.is_some() {
             return;
         }
-        self.fingerprint = Some(fingerprint);
+        self.shape = shape;
+        self.fingerprint = if self.config.joins { shape } else { Some(fingerprint) };
+        if self.fingerprint.is_none() {
+            self.halt(
+                "the state of this VM cannot be transferred, so this host cannot become its new backup: engine 'device' with disks only".into(),
+                actions,
+            );
+            return;
+        }
         if self.config.primary {
             // The claim of the first generation keeps a host that comes back from starting the VM a second time.
             actions.push(Action::AskArbiter {

@@ -47,6 +47,9 @@ pub enum Event {
     LocalReady {
         /// See [`Hello::fingerprint`].
         fingerprint: [u8; 32],
+        /// The same without what a synchronisation brings: what a new backup must have in common with a VM that has run. `None` where the
+        /// state of this VM cannot be transferred.
+        shape: Option<[u8; 32]>,
     },
     /// A logging channel is connected; whatever was before it is over.
     ChannelUp,
@@ -176,7 +179,7 @@ pub enum Action {
         /// The new watermark.
         after: Lsn,
     },
-    /// Survivor: append the entry [`crate::Body::Synced`] at once, in this very step of the shell, behind a power-off too.
+    /// Survivor: append the entry [`crate::Body::Synced`] at once, behind a power-off too.
     AppendSynced {
         /// Which backup is meant.
         instance: u64,

@@ -52,6 +52,8 @@ pub struct Replica {
     role: Role,
     generation: Generation,
     fingerprint: Option<[u8; 32]>,
+    /// What it is once this side is live: the state it began with is not the VM's any more.
+    shape: Option<[u8; 32]>,
     claimed: bool,
     /// This side writes the log of the VM: it was started as primary, or is live.
     leads: bool,
@@ -105,6 +107,7 @@ impl Replica {
             role: Role::Pairing,
             generation: Generation(0),
             fingerprint: None,
+            shape: None,
             claimed: false,
             paired: false,
             sync: Sync::Done,
@@ -239,7 +242,7 @@ impl Replica {
 
     fn apply(&mut self, now_ns: u64, event: Event, actions: &mut Vec<Action>) {
         match event {
-            Event::LocalReady { fingerprint } => self.local_ready(now_ns, fingerprint, actions),
+            Event::LocalReady { fingerprint, shape } => self.local_ready(now_ns, fingerprint, shape, actions),
             Event::ChannelUp => self.channel_up(now_ns, actions),
             Event::ChannelDown => self.channel_down(now_ns),
             Event::Message { generation, message } => self.message(now_ns, generation, message, actions),
@@ -274,6 +277,8 @@ impl Replica {
             Message::Refuse { reason } => self.refused(now_ns, reason, actions),
             _ if generation != self.generation || !self.paired => {}
             Message::Adopted => self.peer_adopted(now_ns),
+            // Part of the transfer, which is the shells' affair.
+            Message::Digests { .. } => {}
             Message::Ack(watermarks) => self.ack(now_ns, watermarks, actions),
             Message::Gone { .. } => self.suspect(now_ns, "the peer's replica ended", actions),
             Message::Heartbeat {
@@ -341,6 +346,9 @@ impl Replica {
         );
         assert!(legal, "illegal change of role: {:?} to {to:?}", self.role);
         self.role = to;
+        if to == Live {
+            self.fingerprint = self.shape.or(self.fingerprint);
+        }
         actions.push(Action::Publish {
             role: to,
             generation: self.generation,

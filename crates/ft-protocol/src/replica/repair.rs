@@ -86,6 +86,12 @@ impl Replica {
         self.is_pair() && self.sync == Sync::Done
     }
 
+    /// Survivor: whether outputs are held, and [`Event::Holding`](super::Event::Holding) is waited for.
+    #[must_use]
+    pub fn is_holding(&self) -> bool {
+        self.leads && self.sync == Sync::Holding
+    }
+
     pub(super) fn standing(&self) -> Standing {
         match (self.leads, self.role, self.sync) {
             (false, Role::Pairing, _) if self.config.joins => Standing::Nothing,
@@ -101,7 +107,7 @@ impl Replica {
         let Some(own) = self.hello() else {
             return Some("this side is not ready: ask again".into());
         };
-        if !self.config.takes_joiners {
+        if !self.config.takes_joiners || self.shape.is_none() {
             return Some("this side takes no new backup: it cannot synchronise one".into());
         }
         if self.role != Role::Live {
@@ -293,7 +299,8 @@ impl Replica {
     /// The entry `Synced` is in the log (survivor), or about to be received (new backup).
     pub(super) fn synced_entry(&mut self, now_ns: u64, lsn: Lsn, instance: u64, actions: &mut Vec<Action>) {
         if self.leads {
-            let is_wanted = self.role == Role::Recording && self.sync == Sync::Holding;
+            // Asked for while it recorded; what was appended before it may have come in between.
+            let is_wanted = matches!(self.role, Role::Recording | Role::Arbitrating) && self.sync == Sync::Holding;
             assert!(
                 is_wanted && instance == self.peer_instance && lsn > self.last,
                 "Synced was appended, and nobody asked for it"

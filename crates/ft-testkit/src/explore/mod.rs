@@ -319,7 +319,15 @@ impl Model for Small {
         match step {
             Step::Ready(host) => {
                 state.sides[usize::from(host)].ready = true;
-                self.drive(&mut state, host, 0, Event::LocalReady { fingerprint: [7; 32] });
+                self.drive(
+                    &mut state,
+                    host,
+                    0,
+                    Event::LocalReady {
+                        fingerprint: [7; 32],
+                        shape: Some([7; 32]),
+                    },
+                );
             }
             Step::Connect => {
                 state.connections += 1;

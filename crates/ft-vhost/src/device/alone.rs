@@ -204,6 +204,18 @@ impl<D: Device> Alone<D> {
                 return Ok(None);
             }
         }
+        let number = link.synchronisation();
+        self.device.synchronise(number);
+        if number.is_some() {
+            while let Some((sector, digests)) = link.next_digests()? {
+                self.device.compare(sector, &digests);
+            }
+        }
+        if let Some(holds) = link.fall() {
+            // The other image may be the one that counts from here on.
+            self.device.take_part(Part::Joins)?;
+            link.obey(holds);
+        }
         let awaits = link.awaits();
         let marker = self.device.committed(link.committed(), &mut self.io)?;
         Ok(Some(marker.or(awaits)))

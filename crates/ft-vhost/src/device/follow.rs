@@ -15,7 +15,7 @@ use std::{
 };
 
 use ft_client::{LogWriter, Region, handshake::ShimSession, ring::Consumer};
-use ft_protocol::{Body, Lsn, Role, entry::Entry};
+use ft_protocol::{Body, Lsn, Role, entry::Entry, message::Message};
 use tracing::info;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -46,7 +46,7 @@ struct Seen {
 ///
 /// # Errors
 /// [`End`]; where the device could not apply an entry, ft-log is to be told.
-pub(crate) fn follow(device: &mut impl Device, shim: ShimSession, signals: &Signals) -> Result<Followed, End> {
+pub(crate) fn follow(device: &mut impl Device, shim: &mut ShimSession, signals: &Signals) -> Result<Followed, End> {
     let stop = EventFd::new(EFD_NONBLOCK).map_err(End::environment)?;
     let seen = Seen::default();
     let (region, stream) = (Arc::clone(&shim.region), shim.stream.as_raw_fd());
@@ -54,9 +54,9 @@ pub(crate) fn follow(device: &mut impl Device, shim: ShimSession, signals: &Sign
         scope.spawn(|| watch([signals.as_raw_fd(), stream, stop.as_raw_fd()], &seen, &region));
         let mut follower = Follower {
             device,
-            replay: shim.replay,
+            replay: &mut shim.replay,
             region: Arc::clone(&shim.region),
-            log: shim.log,
+            log: &mut shim.log,
             frame: Vec::new(),
             applied: Lsn::ZERO,
             unsynced: false,
@@ -95,10 +95,10 @@ fn watch([signals, stream, stop]: [i32; 3], seen: &Seen, region: &Region) {
 
 struct Follower<'a, D> {
     device: &'a mut D,
-    replay: Consumer,
+    replay: &'a mut Consumer,
     region: Arc<Region>,
-    /// For its doorbell only.
-    log: LogWriter,
+    /// For its doorbell, and what a survivor asks.
+    log: &'a mut LogWriter,
     frame: Vec<u8>,
     applied: Lsn,
     /// Entries were applied that nothing made durable since.
@@ -170,6 +170,10 @@ impl<D: Device> Follower<'_, D> {
     /// Applies the entry in `frame`.
     fn apply(&mut self) -> Result<(), End> {
         let entry = Entry::decode(&self.frame).map_err(End::environment)?;
+        if self.applied == Lsn::ZERO {
+            // A new backup begins where its synchronisation did.
+            self.applied = self.region.start();
+        }
         if entry.lsn != self.applied.next() {
             return Err(End::Replica(format!(
                 "entry {} follows entry {}: the log has a gap",
@@ -181,8 +185,15 @@ impl<D: Device> Follower<'_, D> {
             Body::Boot { .. }
             | Body::PowerOff { .. }
             | Body::Synced { .. }
+            | Body::Transferred
             | Body::Configuration(_)
             | Body::Kick(_) => {}
+            Body::Compare { sector, sectors } => {
+                let digests = self.device.digests(sector, sectors)?;
+                if !self.log.tell(&Message::Digests { sector, digests }) {
+                    return Err(End::Replica("the survivor asks more than it listens to".into()));
+                }
+            }
             Body::Flush => {
                 if std::mem::replace(&mut self.unsynced, false) {
                     self.device.apply(&Body::Flush)?;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  [Recording, Arbitrating]  append ─► marker ─► ... ─► committed ─► the guest is told
+//!  [Live, synchronising]     append ─► marker ─► the guest is told: all is committed
 //!  [Live]                    there is no backup: nothing is logged, nothing waits
 //!  [any other role]          nothing may be changed any more (Halted), or yet
 //! ```
@@ -11,10 +12,13 @@ use std::{os::unix::net::UnixStream, sync::Arc};
 use ft_client::{
     LogWriter, Region,
     events::Events,
-    handshake::{self, DeviceSession},
+    handshake::{self, DeviceSession, ShimSession},
     log::Urgency,
 };
-use ft_protocol::{Body, Committed, DeviceId, Generation, Lsn, Role, Stop};
+use ft_protocol::{
+    Body, Committed, DeviceId, Generation, Lsn, Role, Stop,
+    message::{Digest, Message},
+};
 use serde_json::json;
 use tracing::{info, warn};
 use vmm_sys_util::eventfd::EventFd;
@@ -44,9 +48,9 @@ impl Mirror {
     /// Appends an entry, if there is a backup to tell and room for it. Never waits.
     pub fn append(&mut self, queue: u16, body: &Body<'_>) -> Logged {
         match self.region.role() {
-            Role::Live => Logged::Unprotected,
+            Role::Live if self.region.synchronisation().is_none() => Logged::Unprotected,
             // Room stays: nobody else writes to this ring. A role that changes meanwhile commits the entry, or ends this side.
-            Role::Recording | Role::Arbitrating if self.log.has_room(body) => self
+            Role::Live | Role::Recording | Role::Arbitrating if self.log.has_room(body) => self
                 .log
                 .append(self.device, queue, body, Urgency::Later)
                 .map_or(Logged::NotNow, Logged::At),
@@ -58,6 +62,12 @@ impl Mirror {
     /// everything that was logged before it is committed.
     pub fn mark(&mut self, queue: u16) -> Logged {
         self.append(queue, &Body::Kick(Stop::default()))
+    }
+
+    /// Live side: the last entry that the new backup is known to have applied.
+    #[must_use]
+    pub fn peer_applied(&self) -> Lsn {
+        self.region.peer_applied()
     }
 
     /// Has ft-log take what was appended.
@@ -96,6 +106,11 @@ pub(crate) struct Link {
     opening: Option<(Lsn, Open)>,
     doors: Option<Doors>,
     protected: bool,
+    /// A disk: the seat of the shim, which the VM has none of.
+    shim: Option<ShimSession>,
+    frame: Vec<u8>,
+    /// The last fall of the watermark that the device obeys.
+    obeyed: u32,
 }
 
 impl std::fmt::Debug for Link {
@@ -119,8 +134,14 @@ pub(super) enum Standing {
 
 impl Link {
     /// Begins to serve, in [`Role::Recording`] or [`Role::Live`]: gives the device its mirror, and the log its first entry, which is the
-    /// disk's to write (`boot`).
-    pub(crate) fn begin(session: DeviceSession, role: Role, boot: Option<&Body<'_>>, open: Open) -> (Self, Mirror) {
+    /// disk's to write (`boot`). A disk has the shim's seat.
+    pub(crate) fn begin(
+        session: DeviceSession,
+        shim: Option<ShimSession>,
+        role: Role,
+        boot: Option<&Body<'_>>,
+        open: Open,
+    ) -> (Self, Mirror) {
         let mut mirror = Mirror {
             log: session.log,
             region: Arc::clone(&session.region),
@@ -145,6 +166,9 @@ impl Link {
             opening: Some((marker, open)),
             doors: None,
             protected,
+            shim,
+            frame: Vec::new(),
+            obeyed: 0,
         };
         (link, mirror)
     }
@@ -167,6 +191,10 @@ impl Link {
                 events.emit("unprotected", json!({ "generation": self.generation().0 }));
                 return Ok(Standing::Unprotected);
             }
+            Role::Recording if !std::mem::replace(&mut self.protected, true) => {
+                info!("from here on writes wait for the new backup");
+                events.emit("protected", json!({ "generation": self.generation().0 }));
+            }
             _ => {}
         }
         let due = |(marker, _): &mut (Lsn, Open)| self.region.committed().covers(*marker);
@@ -178,6 +206,40 @@ impl Link {
             );
         }
         Ok(Standing::Serves)
+    }
+
+    /// The synchronisation of a new backup that goes on.
+    pub(super) fn synchronisation(&self) -> Option<u32> {
+        self.region.synchronisation()
+    }
+
+    /// What the new backup's device says.
+    pub(super) fn next_digests(&mut self) -> Result<Option<(u64, Vec<Digest>)>, End> {
+        let Some(shim) = &mut self.shim else { return Ok(None) };
+        loop {
+            self.frame.clear();
+            let popped = shim.replay.pop(&mut self.frame).map_err(End::environment)?;
+            if popped.is_none() {
+                return Ok(None);
+            }
+            if let Ok((_, Message::Digests { sector, digests })) = Message::decode(&self.frame) {
+                return Ok(Some((sector, digests)));
+            }
+        }
+    }
+
+    /// The watermark fell, and the device does not obey yet: nothing may leave by what was read before.
+    pub(super) fn fall(&self) -> Option<u32> {
+        Some(self.region.holds()).filter(|holds| *holds != self.obeyed)
+    }
+
+    /// The device reads the watermark anew from here on.
+    pub(super) fn obey(&mut self, holds: u32) {
+        self.obeyed = holds;
+        self.region.obey(self.device, holds);
+        if let Some(shim) = &self.shim {
+            shim.log.ring_doorbell();
+        }
     }
 
     /// The entry that the loop waits for, if the device waits for none: the first one.

@@ -9,7 +9,7 @@
 //! What differs between a disk and a network is behind [`Device`].
 
 use ft_client::{Counters, events::Events};
-use ft_protocol::{Body, Committed, Lsn};
+use ft_protocol::{Body, Committed, Lsn, message::Digest};
 
 use crate::{exit::End, guest_side::GuestSide};
 
@@ -192,6 +192,26 @@ pub trait Device {
     /// [`End`].
     fn committed(&mut self, _committed: Committed, _io: &mut Uring) -> Result<Option<Lsn>, End> {
         Ok(None)
+    }
+
+    /// Engine `device`: digest of what a new backup must have in common with this device, whatever it holds; `None` where what it holds
+    /// cannot be brought up.
+    fn shape(&self) -> Option<[u8; 32]> {
+        None
+    }
+
+    /// Engine `device`, live side: a new backup is being synchronised, or none (any more). Another number is another synchronisation.
+    fn synchronise(&mut self, _number: Option<u32>) {}
+
+    /// Engine `device`, live side: what the new backup's device holds there, block by block.
+    fn compare(&mut self, _sector: u64, _digests: &[Digest]) {}
+
+    /// Engine `device`, new backup: what this device holds there.
+    ///
+    /// # Errors
+    /// [`End::Replica`] where that cannot be said.
+    fn digests(&mut self, _sector: u64, _sectors: u32) -> Result<Vec<Digest>, End> {
+        Err(End::Replica("this device cannot be brought up".into()))
     }
 
     /// Engine `device`, primary: nobody uses the device any more, and nothing is in flight. The last entry.

@@ -111,7 +111,14 @@ fn a_backup_that_was_started_anew_is_suspected_at_once_and_does_not_replay() {
 
     // It says so itself where it can see it.
     let mut backup = replica(false);
-    step(&mut backup, 0, Event::LocalReady { fingerprint: [1; 32] });
+    step(
+        &mut backup,
+        0,
+        Event::LocalReady {
+            fingerprint: [1; 32],
+            shape: Some([1; 32]),
+        },
+    );
     step(&mut backup, 0, Event::ChannelUp);
     let answer = from_peer(&mut backup, Message::Hello(hello(true, 9)));
     assert!(matches!(
@@ -129,7 +136,14 @@ fn a_backup_that_was_started_anew_is_suspected_at_once_and_does_not_replay() {
 fn a_hello_without_an_answer_breaks_the_channel_and_the_next_one_is_tried() {
     for mut primary in [interrupted(), {
         let mut primary = replica(true);
-        step(&mut primary, 0, Event::LocalReady { fingerprint: [1; 32] });
+        step(
+            &mut primary,
+            0,
+            Event::LocalReady {
+                fingerprint: [1; 32],
+                shape: Some([1; 32]),
+            },
+        );
         won(&mut primary, 1);
         primary
     }] {

@@ -49,7 +49,7 @@ proptest! {
         let mut replica = any_side(kind);
         let is_primary = kind.is_multiple_of(2);
         let mut now_ns = 0;
-        perform(&mut replica, 0, Event::LocalReady { fingerprint: [1; 32] });
+        perform(&mut replica, 0, Event::LocalReady { fingerprint: [1; 32], shape: Some([1; 32]) });
         for (what, a, b) in script {
             let lsn = Lsn(u64::from(a % 16));
             let any_generation = [0, 1, 2, 3, u32::MAX][usize::from(b % 5)];

@@ -109,7 +109,14 @@ fn won(replica: &mut Replica, generation: u32) -> Vec<Action> {
 
 fn recording() -> Replica {
     let mut primary = replica(true);
-    step(&mut primary, 0, Event::LocalReady { fingerprint: [1; 32] });
+    step(
+        &mut primary,
+        0,
+        Event::LocalReady {
+            fingerprint: [1; 32],
+            shape: Some([1; 32]),
+        },
+    );
     won(&mut primary, 1);
     let greeting = step(&mut primary, 0, Event::ChannelUp);
     assert!(matches!(greeting[..], [Action::Send(Message::Hello(_))]));
@@ -120,7 +127,14 @@ fn recording() -> Replica {
 
 fn replaying() -> Replica {
     let mut backup = replica(false);
-    step(&mut backup, 0, Event::LocalReady { fingerprint: [1; 32] });
+    step(
+        &mut backup,
+        0,
+        Event::LocalReady {
+            fingerprint: [1; 32],
+            shape: Some([1; 32]),
+        },
+    );
     step(&mut backup, 0, Event::ChannelUp);
     from_peer(&mut backup, peer_hello(true));
     assert_eq!((backup.role(), backup.generation()), (Role::Replaying, Generation(1)));

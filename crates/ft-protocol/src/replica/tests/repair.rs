@@ -149,7 +149,17 @@ fn survivor() -> Replica {
 fn joiner_of(config: Config) -> Replica {
     let mut joiner = Replica::new(config, 0);
     let fingerprint = FINGERPRINT;
-    assert_eq!(step(&mut joiner, 0, Event::LocalReady { fingerprint }), []);
+    assert_eq!(
+        step(
+            &mut joiner,
+            0,
+            Event::LocalReady {
+                fingerprint,
+                shape: Some(fingerprint)
+            }
+        ),
+        []
+    );
     joiner
 }
 
