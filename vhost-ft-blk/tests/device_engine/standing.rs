@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{
     guest::Guest,
-    host::{self, Host, Pair, SECTORS},
+    host::{self, Host, Pair, SECTORS, SUSPICIOUS},
     support::daemon::{Daemon, fails, text},
 };
 
@@ -78,9 +78,10 @@ fn the_image_of_a_killed_backup_is_refused_and_that_of_the_primary_is_not() {
         backup,
         arbiter: _arbiter,
         ..
-    } = Pair::start(&[]);
+    } = Pair::start(&SUSPICIOUS);
     let mut guest = Guest::attach(&primary);
     guest.work(&mut random, 50);
+    // Its ft-log may still say that it is over, or may be killed before that.
     let old = kill(backup);
     is_refused(&old);
     primary.blk.wait_line("the backup is gone");
