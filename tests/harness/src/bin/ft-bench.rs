@@ -8,7 +8,7 @@ use ft_harness::bench::blk;
 use ft_harness::bench::failover::{self, Heartbeat};
 use ft_harness::bench::machine::Medium;
 use ft_harness::bench::row::Row;
-use ft_harness::bench::{linux, lockstep, log};
+use ft_harness::bench::{linux, lockstep, log, net};
 use ft_harness::error::{HarnessError, IoContext};
 use ft_harness::faults::{Fault, FaultPlan, Moment};
 use ft_harness::guest::{Guest, Linux};
@@ -47,7 +47,7 @@ struct Arguments {
     /// Rounds whose median is taken.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=50))]
     rounds: u8,
-    /// Of the suite blk: only the rows whose names contain this; of the suite log, only the parts ("commit latency, veth, 1 VM"); of the
+    /// Of the suites blk and net: only the rows whose names contain this; of the suite log, only the parts ("commit latency, veth, 1 VM"); of the
     /// suite linux, costs or failover.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
@@ -64,6 +64,8 @@ enum Suite {
     Linux,
     /// The block daemon alone: IOPS and CPU per I/O.
     Blk,
+    /// The network daemon: frames a second alone and protected, requests a second and latency protected.
+    Net,
     /// The log daemon: commit latency, throughput, processor time, idle traffic.
     Log,
 }
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
         Suite::Lockstep => bench_lockstep(&arguments),
         Suite::Linux => bench_linux(&arguments),
         Suite::Blk => bench_blk(&arguments),
+        Suite::Net => bench_net(&arguments),
         Suite::Log => bench_log(&arguments),
     };
     match measured {
@@ -122,6 +125,24 @@ fn bench_blk(arguments: &Arguments) -> Result<bool, HarnessError> {
             rows.add(vec![row]);
         },
     )?;
+    write_json(arguments, &rows)?;
+    Ok(true)
+}
+
+fn bench_net(arguments: &Arguments) -> Result<bool, HarnessError> {
+    let bin_dir = bin_dir(arguments)?;
+    let programs = net::Programs {
+        ours: bin_dir.join("vhost-ft-net"),
+        log: bin_dir.join("ft-log"),
+        disk: bin_dir.join("vhost-ft-blk"),
+    };
+    let directory = directory(Medium::Memory)?;
+    signals::clean_up(vec![directory.path().to_owned()])?;
+    let mut rows = Rows::default();
+    let only = arguments.only.as_deref();
+    net::rows(&programs, directory.path(), arguments.rounds, only, |row| {
+        rows.add(vec![row]);
+    })?;
     write_json(arguments, &rows)?;
     Ok(true)
 }

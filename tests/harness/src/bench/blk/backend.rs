@@ -8,8 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::pair::{Pair, Side};
-use crate::error::{HarnessError, IoContext};
+use crate::{
+    bench::engine_pair::{self, Pair, Side},
+    error::{HarnessError, IoContext},
+};
 
 /// How long a backend may take to listen.
 const START: Duration = Duration::from_secs(10);
@@ -57,18 +59,27 @@ impl Backend {
         let socket = directory.join("socket");
         let _ = std::fs::remove_file(&socket);
         let mut pair = match which {
-            Which::Protected => Some(Pair::start(programs, directory, image)?),
+            Which::Protected => {
+                let programs = engine_pair::Programs {
+                    log: &programs.log,
+                    disk: &programs.ours,
+                };
+                Some(Pair::start(programs, directory, image, "blk0", &[])?)
+            }
             Which::Ours | Which::Peer => None,
         };
         let mut command = match which {
             Which::Ours | Which::Protected => {
-                let mut command = Command::new(&programs.ours);
-                command.arg("--socket-path").arg(&socket).arg("--blk-file").arg(image);
+                let mut command = match &pair {
+                    Some(pair) => pair.disk(&programs.ours, Side::Primary, image, &socket),
+                    None => {
+                        let mut command = Command::new(&programs.ours);
+                        command.arg("--socket-path").arg(&socket).arg("--blk-file").arg(image);
+                        command
+                    }
+                };
                 command.args(["--num-queues", &queues.to_string()]);
                 command.args(direct.then_some("--direct"));
-                if let Some(pair) = &pair {
-                    pair.join(&mut command, Side::Primary);
-                }
                 command
             }
             Which::Peer => {

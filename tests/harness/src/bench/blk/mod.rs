@@ -8,7 +8,6 @@
 
 mod backend;
 mod load;
-mod pair;
 
 use std::path::Path;
 

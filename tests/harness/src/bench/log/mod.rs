@@ -8,7 +8,7 @@
 
 mod identity;
 mod pair;
-mod peer;
+pub(super) mod peer;
 
 use std::fs;
 use std::io;

@@ -16,13 +16,13 @@ const CHUNK_BYTES: usize = 64 * 1024;
 
 /// Where a connection goes from and to.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Wire<'a> {
+pub(in crate::bench) struct Wire<'a> {
     /// How it is called in rows.
-    pub(super) name: &'static str,
+    pub(in crate::bench) name: &'static str,
     /// The primary's side and its address.
-    pub(super) a: (&'a Namespace, Ipv4Addr),
+    pub(in crate::bench) a: (&'a Namespace, Ipv4Addr),
     /// The backup's side and its address.
-    pub(super) b: (&'a Namespace, Ipv4Addr),
+    pub(in crate::bench) b: (&'a Namespace, Ipv4Addr),
 }
 
 /// A stream's speed and price.
@@ -63,7 +63,7 @@ impl Wire<'_> {
     ///
     /// # Errors
     /// A broken connection.
-    pub(super) fn echo_us(&self, count: usize, bytes: usize) -> io::Result<Vec<f64>> {
+    pub(in crate::bench) fn echo_us(&self, count: usize, bytes: usize) -> io::Result<Vec<f64>> {
         let near = |mut stream: TcpStream| {
             let mut message = vec![0x5a; bytes];
             let one = |_| {
