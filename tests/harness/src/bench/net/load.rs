@@ -64,8 +64,8 @@ pub(super) fn transmit(backend: &mut Backend, directory: &Path, bytes: usize) ->
     Ok((last - first) as f64 / took.as_secs_f64())
 }
 
-/// Times requests, one after the other, in microseconds: from the host's call to the guest's answer.
-pub(super) fn requests_us(backend: &mut Backend, directory: &Path) -> Result<Vec<f64>, HarnessError> {
+/// Times requests, one after the other, in microseconds: from the host's call to the guest's answer. Gives the guest too, which polls on.
+pub(super) fn requests_us(backend: &mut Backend, directory: &Path) -> Result<(Vec<f64>, Testpmd), HarnessError> {
     let mut guest = guest(backend, directory, &["--forward-mode=5tswap"])?;
     let action = || "send requests to the guest".to_owned();
     let socket = UdpSocket::bind((HOST, 0)).context(action)?;
@@ -101,5 +101,5 @@ pub(super) fn requests_us(backend: &mut Backend, directory: &Path) -> Result<Vec
     guest.check()?;
     backend.check()?;
     // The first tenth warms up.
-    Ok(times[REQUESTS / 10..].to_vec())
+    Ok((times[REQUESTS / 10..].to_vec(), guest))
 }
