@@ -18,6 +18,7 @@ use ft_harness::pair::{Pair, PairSetup};
 use ft_harness::process::{EXITED, Exit, HostProcesses, ProcessSpec};
 use ft_harness::roles::{BLK, FT_LOG, NET, SHIM};
 use ft_harness::topology::HostId;
+use ft_protocol::Timing;
 use ft_protocol::ids::{Generation, Lsn};
 use ft_protocol::message::{Hello, Message, Standing, Strength};
 use ft_protocol::versions::Versions;
@@ -460,6 +461,14 @@ fn foreign_hello() -> Hello {
         ack: Strength::default(),
         last: Lsn::ZERO,
         standing: Standing::Whole,
+        timing: Some(Timing {
+            heartbeat_interval_ns: 20_000_000,
+            heartbeat_misses: 10,
+            channel_timeout_ns: 1_000_000_000,
+            replay_timeout_ns: 10_000_000_000,
+            lag_target_ns: 100_000_000,
+            lag_limit_ns: 1_000_000_000,
+        }),
     }
 }
 
