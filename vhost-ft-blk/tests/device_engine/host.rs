@@ -147,15 +147,22 @@ impl Pair {
 
     /// Starts both sides on images filled with one byte each (primary, backup), `marked` as those of an earlier pair, and waits for nothing.
     pub(crate) fn spawn(more: &[&str], limits: [Option<u64>; 2], content: [u8; 2], marked: bool) -> Self {
+        Self::spawn_on(more, limits, |primary, directory| {
+            let byte = content[usize::from(!primary)];
+            std::fs::write(directory.join("image"), vec![byte; SECTORS as usize * 512]).unwrap();
+            if marked {
+                mark(directory);
+            }
+        })
+    }
+
+    /// Starts both sides, each in a directory to which `prepare` gives the image, and waits for nothing.
+    pub(crate) fn spawn_on(more: &[&str], limits: [Option<u64>; 2], prepare: impl Fn(bool, &Path)) -> Self {
         let arbiter = TempDir::new().unwrap();
         let addresses = addresses();
         let start = |primary: bool| {
             let directory = TempDir::new().unwrap();
-            let byte = content[usize::from(!primary)];
-            std::fs::write(directory.path().join("image"), vec![byte; SECTORS as usize * 512]).unwrap();
-            if marked {
-                mark(directory.path());
-            }
+            prepare(primary, directory.path());
             std::fs::create_dir(directory.path().join("journal")).unwrap();
             let limit = limits[usize::from(!primary)];
             Host::spawn(directory, addresses, primary, arbiter.path(), more, limit)

@@ -1,6 +1,10 @@
 //! A daemon, and a QEMU with a Debian kernel that runs one job.
 
-use std::{fs::File, path::PathBuf, process::Command};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use tempfile::TempDir;
 
@@ -56,22 +60,7 @@ impl World {
         argument: &str,
         options: &[&str],
     ) -> Machine {
-        let chardev = format!("socket,id=blk,path={},{}", text(&self.path(socket)), reconnect());
-        let device = format!(
-            "vhost-user-blk-pci,id=disk,bus=plug,chardev=blk,num-queues={}",
-            self.queues
-        );
-        let mut command = qemu(kernel, job, argument);
-        for (option, value) in [
-            ("-smp", "2"),
-            ("-chardev", &*chardev),
-            // A slot of its own: it can be unplugged.
-            ("-device", "pcie-root-port,id=plug,chassis=1"),
-            ("-device", &device),
-        ] {
-            command.args([option, value]);
-        }
-        Machine::start(command.args(options))
+        machine_on(&self.path(socket), self.queues, kernel, job, argument, options)
     }
 
     /// The options of a monitor with that name.
@@ -85,4 +74,28 @@ impl World {
     pub(crate) fn qmp(&self, name: &str) -> Qmp {
         Qmp::connect(&self.path(name))
     }
+}
+
+/// A machine with other options, on the daemon with that socket.
+pub(crate) fn machine_on(
+    socket: &Path,
+    queues: u16,
+    kernel: &str,
+    job: &str,
+    argument: &str,
+    options: &[&str],
+) -> Machine {
+    let chardev = format!("socket,id=blk,path={},{}", text(socket), reconnect());
+    let device = format!("vhost-user-blk-pci,id=disk,bus=plug,chardev=blk,num-queues={queues}");
+    let mut command = qemu(kernel, job, argument);
+    for (option, value) in [
+        ("-smp", "2"),
+        ("-chardev", &*chardev),
+        // A slot of its own: it can be unplugged.
+        ("-device", "pcie-root-port,id=plug,chassis=1"),
+        ("-device", &device),
+    ] {
+        command.args([option, value]);
+    }
+    Machine::start(command.args(options))
 }

@@ -4,7 +4,11 @@
 #[path = "../../../crates/ft-vhost/tests/support/mod.rs"]
 mod support;
 
+#[path = "../device_engine/host.rs"]
+#[allow(dead_code, reason = "the tests without a VM need more of it")]
+mod host;
 mod machine;
+mod power_cut;
 
 use std::time::Duration;
 

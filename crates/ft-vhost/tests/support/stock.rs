@@ -1,7 +1,7 @@
 //! Stock QEMU with a Debian kernel of scripts/guest-image that runs one job, and its monitor.
 
 use std::{
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
@@ -82,6 +82,15 @@ impl Machine {
             line.clear();
         }
         panic!("the machine ended before '{text}': {:?}", self.qemu.wait());
+    }
+
+    /// Kills it, at once and for good; gives what it had said by then and nobody had read.
+    pub fn kill(mut self) -> String {
+        self.qemu.kill().unwrap();
+        self.qemu.wait().unwrap();
+        let mut rest = Vec::new();
+        self.console.read_to_end(&mut rest).unwrap();
+        String::from_utf8_lossy(&rest).into_owned()
     }
 
     pub fn ends_well(mut self) -> String {
