@@ -55,7 +55,7 @@ fn the_image_of_a_killed_primary_is_refused_and_that_of_the_one_that_took_over_i
         mut backup,
         arbiter: _arbiter,
         ..
-    } = Pair::start(&[]);
+    } = Pair::start(&SUSPICIOUS);
     let mut guest = Guest::attach(&primary);
     guest.work(&mut random, 50);
     let old = kill(primary);
