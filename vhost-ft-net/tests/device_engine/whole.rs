@@ -46,8 +46,9 @@ fn side(host: &Host, role: &str, [listen, peer]: [&str; 2], tap: &str) -> [Daemo
         "100",
         "--heartbeat-misses",
         "10000",
+        // A killed ft-log need not have said that it is over.
         "--channel-timeout-ms",
-        "200000",
+        "10000",
     ]);
     let mut log = Daemon::spawn(&mut log);
     log.wait_line("waiting for");
