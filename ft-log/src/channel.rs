@@ -67,6 +67,8 @@ pub struct Channel {
     /// Bytes of the stream before `start`.
     position: u64,
     is_shut: bool,
+    /// Both sides said hello on it.
+    is_in_use: bool,
     secure: Option<Secure>,
 }
 
@@ -88,6 +90,17 @@ fn prepare(socket: &OwnedFd, timeout_ms: u32) -> io::Result<()> {
 }
 
 impl Channel {
+    /// Both sides said hello: heartbeats tell of a peer that is gone, long before TCP's own probes, which need not be sent any more.
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub fn use_it(&mut self) -> io::Result<()> {
+        if std::mem::replace(&mut self.is_in_use, true) {
+            return Ok(());
+        }
+        Ok(setsockopt(&self.socket, sockopt::KeepAlive, &false)?)
+    }
+
     /// Changes how long data may not be taken before the connection breaks.
     ///
     /// # Errors
@@ -124,6 +137,7 @@ impl Channel {
             end: 0,
             position: 0,
             is_shut: false,
+            is_in_use: false,
             secure: session.map(|session| Secure {
                 session,
                 received: Some(vec![0; RECEIVED_BYTES]),

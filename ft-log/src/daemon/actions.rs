@@ -23,7 +23,7 @@ impl Daemon {
             let mut actions = std::mem::take(&mut self.actions);
             self.vm.replica.step(monotonic_ns(), event, &mut actions);
             if self.vm.replica.is_channel_open() {
-                self.vm.link.is_in_use();
+                self.vm.link.is_in_use()?;
                 if let Some(heartbeats) = &mut self.heartbeats {
                     heartbeats.settle_keys();
                 }

@@ -130,9 +130,13 @@ impl Link {
     }
 
     /// Both sides said hello.
-    pub(super) fn is_in_use(&mut self) {
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub(super) fn is_in_use(&mut self) -> io::Result<()> {
         self.fruitless = 0;
         self.turned_away = None;
+        self.channel.as_mut().map_or(Ok(()), Channel::use_it)
     }
 
     /// The other end is not the peer, or does not speak as this side does. A trouble that stays is told once.

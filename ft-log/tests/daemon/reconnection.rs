@@ -132,3 +132,30 @@ fn a_channel_that_stands_still_is_suspected_though_heartbeats_come() {
     a.wait_role(Role::Live);
     assert_eq!(a.region().generation(), Generation(2));
 }
+
+#[test]
+fn a_pair_leaves_the_question_who_lives_to_its_heartbeats() {
+    let world = World::new();
+    let (mut a, mut b) = world.pair();
+    let last = a.append(3);
+    a.wait_committed(last);
+    b.replay_through(Lsn(1), last);
+    // proc(5), tcp: addresses in the order of their bytes here, and the kind of timer is 02 while keepalive probes are due.
+    let address: std::net::SocketAddrV4 = world.address(HostId::B).parse().unwrap();
+    let end = format!(
+        "{:08X}:{:04X}",
+        u32::from_ne_bytes(address.ip().octets()),
+        address.port()
+    );
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let connections: Vec<_> = table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|fields| fields[3] == "01" && fields[1..3].contains(&end.as_str()))
+        .collect();
+    assert_eq!(connections.len(), 2, "both ends of the channel at {end}, in:\n{table}");
+    assert!(
+        connections.iter().all(|fields| !fields[5].starts_with("02:")),
+        "{connections:?}"
+    );
+}
