@@ -5,14 +5,7 @@ use crate::limits::THROTTLE_MAX;
 
 fn with_ack(ack: Strength) -> Replica {
     let mut primary = Replica::new(Config { ack, ..config(true) }, 0);
-    step(
-        &mut primary,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut primary);
     won(&mut primary, 1);
     step(&mut primary, 0, Event::ChannelUp);
     from_peer(&mut primary, peer_hello(false));
@@ -50,14 +43,7 @@ fn outputs_wait_for_the_strength_that_was_asked_for() {
 fn the_backup_acknowledges_what_the_primary_waits_for() {
     for strength in [Strength::Received, Strength::Durable, Strength::Replayed] {
         let mut backup = replica(false);
-        step(
-            &mut backup,
-            0,
-            Event::LocalReady {
-                fingerprint: [1; 32],
-                shape: Some([1; 32]),
-            },
-        );
+        ready(&mut backup);
         step(&mut backup, 0, Event::ChannelUp);
         from_peer(
             &mut backup,
@@ -109,14 +95,7 @@ fn a_backup_without_a_journal_refuses_durable_acknowledgements() {
         },
         0,
     );
-    step(
-        &mut backup,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut backup);
     step(&mut backup, 0, Event::ChannelUp);
     let hello = Hello {
         ack: Strength::Durable,
@@ -136,14 +115,7 @@ fn a_pair_uses_the_highest_version_that_both_speak_and_a_channel_that_comes_back
             ..config(primary)
         };
         let mut replica = Replica::new(config, 0);
-        step(
-            &mut replica,
-            0,
-            Event::LocalReady {
-                fingerprint: [1; 32],
-                shape: Some([1; 32]),
-            },
-        );
+        ready(&mut replica);
         let (generation, verdict) = (Generation::FIRST, Verdict::Won);
         step(&mut replica, 0, Event::Arbiter { generation, verdict });
         step(&mut replica, 0, Event::ChannelUp);

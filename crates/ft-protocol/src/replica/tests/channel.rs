@@ -111,14 +111,7 @@ fn a_backup_that_was_started_anew_is_suspected_at_once_and_does_not_replay() {
 
     // It says so itself where it can see it.
     let mut backup = replica(false);
-    step(
-        &mut backup,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut backup);
     step(&mut backup, 0, Event::ChannelUp);
     let answer = from_peer(&mut backup, Message::Hello(hello(true, 9)));
     assert!(matches!(
@@ -136,14 +129,7 @@ fn a_backup_that_was_started_anew_is_suspected_at_once_and_does_not_replay() {
 fn a_hello_without_an_answer_breaks_the_channel_and_the_next_one_is_tried() {
     for mut primary in [interrupted(), {
         let mut primary = replica(true);
-        step(
-            &mut primary,
-            0,
-            Event::LocalReady {
-                fingerprint: [1; 32],
-                shape: Some([1; 32]),
-            },
-        );
+        ready(&mut primary);
         won(&mut primary, 1);
         primary
     }] {

@@ -81,14 +81,7 @@ fn the_lag_that_slows_the_primary_changes_at_once() {
 #[test]
 fn a_peer_of_an_older_release_is_told_apart_before_anything_is_appended() {
     let mut primary = replica(true);
-    step(
-        &mut primary,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut primary);
     won(&mut primary, 1);
     step(&mut primary, 0, Event::ChannelUp);
     let versions = Versions { oldest: 3, newest: 4 };
@@ -111,27 +104,13 @@ fn a_backup_takes_the_times_of_its_primary_and_the_primary_keeps_its_own() {
         ..hello(true, 0)
     });
     let mut backup = replica(false);
-    step(
-        &mut backup,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut backup);
     step(&mut backup, 0, Event::ChannelUp);
     from_peer(&mut backup, slow);
     assert_eq!((backup.role(), backup.timing()), (Role::Replaying, &SLOW));
 
     let mut primary = replica(true);
-    step(
-        &mut primary,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut primary);
     won(&mut primary, 1);
     step(&mut primary, 0, Event::ChannelUp);
     from_peer(

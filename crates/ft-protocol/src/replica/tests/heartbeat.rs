@@ -96,14 +96,7 @@ fn who_has_something_to_replay_or_waits_for_it_does_not_rest() {
 #[test]
 fn a_pair_with_an_older_release_and_one_that_misses_few_heartbeats_do_not_rest() {
     let mut of_version = replica(false);
-    step(
-        &mut of_version,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut of_version);
     step(&mut of_version, 0, Event::ChannelUp);
     let versions = Versions { oldest: 3, newest: 4 };
     from_peer(

@@ -57,6 +57,15 @@ fn step(replica: &mut Replica, now_ns: u64, event: Event) -> Vec<Action> {
     actions
 }
 
+/// Shim and devices have joined.
+fn ready(replica: &mut Replica) -> Vec<Action> {
+    let event = Event::LocalReady {
+        fingerprint: [1; 32],
+        shape: Some([1; 32]),
+    };
+    step(replica, 0, event)
+}
+
 fn from_peer(replica: &mut Replica, message: Message) -> Vec<Action> {
     let generation = replica.generation().max(Generation::FIRST);
     step(replica, 1, Event::Message { generation, message })
@@ -109,14 +118,7 @@ fn won(replica: &mut Replica, generation: u32) -> Vec<Action> {
 
 fn recording() -> Replica {
     let mut primary = replica(true);
-    step(
-        &mut primary,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut primary);
     won(&mut primary, 1);
     let greeting = step(&mut primary, 0, Event::ChannelUp);
     assert!(matches!(greeting[..], [Action::Send(Message::Hello(_))]));
@@ -127,14 +129,7 @@ fn recording() -> Replica {
 
 fn replaying() -> Replica {
     let mut backup = replica(false);
-    step(
-        &mut backup,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut backup);
     step(&mut backup, 0, Event::ChannelUp);
     from_peer(&mut backup, peer_hello(true));
     assert_eq!((backup.role(), backup.generation()), (Role::Replaying, Generation(1)));

@@ -112,14 +112,7 @@ fn a_late_verdict_ends_the_asking() {
         verdict,
     };
     let mut primary = replica(true);
-    step(
-        &mut primary,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut primary);
     step(&mut primary, 0, verdict(Verdict::Unreachable));
     assert_eq!(primary.deadline_ns(), Some(INTERVAL));
     // The first request was slow, not lost: its answer comes after it was given up.
@@ -184,14 +177,7 @@ fn an_orderly_power_off_ends_both_sides_and_nobody_goes_live() {
 #[test]
 fn a_first_generation_that_is_taken_refuses_the_start() {
     let mut primary = replica(true);
-    step(
-        &mut primary,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut primary);
     let refused = step(
         &mut primary,
         0,
@@ -210,14 +196,7 @@ fn a_first_generation_that_is_taken_refuses_the_start() {
 #[test]
 fn a_hello_that_comes_before_the_claim_pairs_nobody() {
     let mut primary = replica(true);
-    step(
-        &mut primary,
-        0,
-        Event::LocalReady {
-            fingerprint: [1; 32],
-            shape: Some([1; 32]),
-        },
-    );
+    ready(&mut primary);
     step(&mut primary, 0, Event::ChannelUp);
     for generation in [0, 1, u32::MAX] {
         let generation = Generation(generation);
@@ -238,14 +217,7 @@ fn a_hello_that_comes_before_the_claim_pairs_nobody() {
 fn a_backup_refuses_a_generation_that_no_pair_can_have() {
     for (generation, takes) in [(0, false), (1, true), (u32::MAX - 1, true), (u32::MAX, false)] {
         let mut backup = replica(false);
-        step(
-            &mut backup,
-            0,
-            Event::LocalReady {
-                fingerprint: [1; 32],
-                shape: Some([1; 32]),
-            },
-        );
+        ready(&mut backup);
         step(&mut backup, 0, Event::ChannelUp);
         let generation = Generation(generation);
         let message = peer_hello(true);
